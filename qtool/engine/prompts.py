@@ -79,13 +79,16 @@ class PromptReader:
             raise not_unicode() from error
 
     def check_token_ids(self, prompt: object) -> list[int]:
-        """Return ``prompt`` as a list, if it holds tokens of the model. Raises: UsageError."""
+        """Return ``prompt`` as a list.
+
+        Raises: UsageError, when it has something that is not a token of the model.
+        """
         size = self.vocab_size
         if isinstance(prompt, (list, tuple)) and all(
             type(token) is int and 0 <= token < size for token in prompt
         ):
             return list(prompt)
-        message = "a prompt or a label is not a token of the model"
+        message = "a prompt or a label has something that is not a token of the model"
         raise UsageError("E_PROMPT", message, hint=f"tokens are whole numbers from 0 to {size - 1}")
 
 

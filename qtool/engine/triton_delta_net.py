@@ -1,9 +1,9 @@
 """Gated delta nets in Triton: the short convolution, then the states.
 
-Sequences, heads and parts of a head's values run side by side. The tokens of a sequence come after
-one another: those of a chunk `TOGETHER` at a time; a decode, the drafts before it that were right,
-and those after it one by one, by the program of the decode. Those of the drafts after it do
-nothing, so that a graph of a fixed number of tokens serves sequences with any number of drafts.
+Sequences, heads and parts of a head's values run in parallel, the tokens of a sequence in order:
+those of a chunk `TOGETHER` at a time; a decode token by token, in one program with the right drafts
+before it and the new drafts after it. The programs of these drafts end at once, so that a graph of
+a fixed number of tokens serves sequences with any number of drafts.
 """
 
 # ruff: noqa: N803 (constants of a Triton kernel are written in capitals)
@@ -26,11 +26,11 @@ _ANY = {
     "do_not_specialize_on_alignment": ["starts", "rows", "positions"],
 }
 CHANNELS = 64  # of a program of the convolution
-TOKENS = 16  # likewise
+TOKENS = 16  # of a program of the convolution
 VALUES = 32  # of a head, in a program that decodes
-CHUNK_VALUES = 32  # likewise, of a chunk
-CHUNK_WARPS = 4
-HEAD_NUMBERS = 2048  # of the heads that a program of the norm takes, about
+CHUNK_VALUES = 32  # of a head, in a program for a chunk
+CHUNK_WARPS = 4  # of a program for a chunk
+HEAD_NUMBERS = 2048  # channels of all heads in a program of the norm, about
 # Tokens of a chunk that are computed together. With more, powers of their system would grow so
 # large that f32 loses the sum.
 TOGETHER = 16
@@ -44,7 +44,7 @@ def mix(
     states: RecurrentStates,
     packed: Packed,
 ) -> Tensor:
-    """Do what `delta_rule.mix` does."""
+    """Do what `delta_rule.mix` does, with its shapes."""
     qkv, b, a = qkv.contiguous(), b.contiguous(), a.contiguous()
     shape = weights.shape
     out = qkv.new_empty(len(qkv), shape.value_heads, shape.value_width)
@@ -100,7 +100,7 @@ def mix(
 
 
 def _kept(qkv: Tensor, shape: Shape, parts: int) -> dict[str, int]:
-    """Return how many channels each program of a sequence keeps the last inputs of."""
+    """Return for how many channels each program of a sequence keeps the last inputs."""
     kept = triton.cdiv(qkv.shape[1], shape.value_heads * parts)
     return {"KEPT": kept, "KEPT_PADDED": triton.next_power_of_2(kept)}
 
