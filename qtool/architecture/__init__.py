@@ -4,9 +4,11 @@ weights. `map_names`: which tensor each layer of that model is made from.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from qtool.architecture.dtypes import check_dtypes
 from qtool.architecture.generation import check_generation
-from qtool.architecture.standard import is_standard
+from qtool.architecture.standard import Shape, is_standard
 from qtool.architecture.vocabulary import check_vocabulary
 from qtool.checkpoint import Checkpoint
 from qtool.formats import Layout
@@ -15,7 +17,9 @@ from qtool.name_map import NameMap, names_from_headers
 __all__ = ["check_model", "map_names"]
 
 
-def check_model(checkpoint: Checkpoint, layout: Layout | None) -> None:
+def check_model(
+    checkpoint: Checkpoint, layout: Layout | None, shapes: Mapping[str, Shape] | None = None
+) -> None:
     """Refuse ``checkpoint`` if the model that its config describes has other tensors.
 
     Headers decide for the usual architectures; for all others transformers does, which builds the
@@ -25,16 +29,17 @@ def check_model(checkpoint: Checkpoint, layout: Layout | None) -> None:
     Args:
         checkpoint: the checkpoint.
         layout: what `formats.detect` returned.
+        shapes: what transformers loads, where that is not what the headers say.
     Raises: CheckpointRefused.
     """
     check_dtypes(checkpoint, layout)
     check_vocabulary(checkpoint)
     check_generation(checkpoint)
-    if is_standard(checkpoint, layout):
+    if shapes is None and is_standard(checkpoint, layout):
         return
     from qtool.architecture.meta import check_tensors
 
-    check_tensors(checkpoint, layout)
+    check_tensors(checkpoint, layout, shapes)
 
 
 def map_names(checkpoint: Checkpoint, layout: Layout | None = None) -> NameMap:

@@ -34,22 +34,27 @@ EXPERT_PARTS = {  # parameter that stacks experts -> patterns of the tensors of 
 }
 
 
-def check_tensors(checkpoint: Checkpoint, layout: Layout | None) -> None:
+def check_tensors(
+    checkpoint: Checkpoint, layout: Layout | None, shapes: Mapping[str, Shape] | None = None
+) -> None:
     """Refuse ``checkpoint`` if transformers would find tensors missing, left over or misshapen.
 
     Args:
         checkpoint: the checkpoint.
         layout: what `formats.detect` returned.
+        shapes: what transformers loads; None: all of the checkpoint but layers for multi-token
+            prediction.
     Raises: CheckpointRefused. A class that transformers does not have passes.
     """
     named = class_of(checkpoint)
     if named is None:
         return
-    shapes = {
-        name: shape
-        for name, shape in model_tensors(checkpoint, layout).items()
-        if not is_mtp_layer(checkpoint, name)
-    }
+    if shapes is None:
+        shapes = {
+            name: shape
+            for name, shape in model_tensors(checkpoint, layout).items()
+            if not is_mtp_layer(checkpoint, name)
+        }
     _check_experts(checkpoint, shapes)
     with building(checkpoint), torch.device("meta"):
         config = read_config(checkpoint)
@@ -72,18 +77,29 @@ def check_tensors(checkpoint: Checkpoint, layout: Layout | None) -> None:
 
 
 def _check_experts(checkpoint: Checkpoint, shapes: Mapping[str, Shape]) -> None:
-    """Raise CheckpointRefused when one expert has another shape than those beside it, which
-    transformers cannot stack.
+    """Raise CheckpointRefused when one expert lacks a matrix, or has another shape than those
+    beside it, which transformers cannot stack.
 
     Args:
         checkpoint: the checkpoint.
         shapes: its tensors, quantized layers as the matrices they stand for.
     """
     alike: dict[str, dict[Shape, list[str]]] = {}
+    matrices: dict[str, dict[str, set[str]]] = {}
     for name, shape in shapes.items():
         if found := ONE_EXPERT.match(name):
             matrix = f"{found[1]}.*.{name[found.end() :]}"
             alike.setdefault(matrix, {}).setdefault(shape, []).append(name)
+            matrices.setdefault(found[1], {}).setdefault(name[found.end() :], set()).add(found[0])
+    for by_matrix in matrices.values():
+        experts = set().union(*by_matrix.values())
+        for matrix, present in by_matrix.items():
+            if matrix.endswith(".weight") and (missing := sorted(experts - present)):
+                raise CheckpointRefused(
+                    "E_TENSORS",
+                    f"{checkpoint.place} lacks `{missing[0]}{matrix}`, which other experts have",
+                    hint="take the weights from the original again",
+                )
     for by_shape in alike.values():
         if len(by_shape) > 1:
             usual = max(by_shape, key=lambda shape: len(by_shape[shape]))

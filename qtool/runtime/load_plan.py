@@ -27,7 +27,7 @@ from qtool.runtime.kernels import (
     linear_spec,
     load_kernel,
 )
-from qtool.runtime.mtp_names import MtpNames, find_mtp, with_mtp_layer
+from qtool.runtime.mtp_names import MtpNames, find_mtp, loaded_shapes, with_mtp_layer
 from qtool.runtime.online import schemes_to_run, skip_reasons
 from qtool.runtime.skeleton import Skeleton
 from qtool.runtime.source import Source
@@ -164,7 +164,7 @@ def plan_load(
     groups, second_copy = _make_groups(sources, sharing, experts, skeleton.dtype, device)
     unquantized = _unquantized_experts(skeleton, schemes, sources)
     _check_experts(skeleton, [*sources, *unquantized])
-    check_model(checkpoint, layout)
+    _check_model(checkpoint, layout, names)
     return LoadPlan(
         checkpoint=checkpoint,
         layout=layout,
@@ -179,6 +179,15 @@ def plan_load(
         mtp=names,
         encoding=encoding,
     )
+
+
+def _check_model(checkpoint: Checkpoint, layout: Layout | None, mtp: MtpNames | None) -> None:
+    """Raise CheckpointRefused, if config and tensors are not one model, its MTP layer included."""
+    if mtp is None:
+        check_model(checkpoint, layout)
+        return
+    built = with_mtp_layer(checkpoint)
+    check_model(built, layout, loaded_shapes(built, layout, mtp))
 
 
 def _with_rounded_inputs(

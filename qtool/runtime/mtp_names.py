@@ -6,8 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from qtool.architecture.names import moved_name
+from qtool.architecture.standard import Shape, model_tensors
 from qtool.checkpoint import Checkpoint
 from qtool.errors import CheckpointRefused
+from qtool.formats import Layout
+from qtool.modules import is_mtp_layer
 
 # Classes whose MTP layer is one of their decoder layers between two norms and a projection, and a
 # norm. Sources: DeepSeek-AI 2024, arXiv:2412.19437, section 2.2; vLLM 0.11
@@ -120,6 +124,42 @@ def with_mtp_layer(checkpoint: Checkpoint) -> Checkpoint:
     else:
         config = _with_one_more(config)
     return replace(checkpoint, config=config)
+
+
+def loaded_shapes(
+    checkpoint: Checkpoint, layout: Layout | None, names: MtpNames
+) -> dict[str, Shape]:
+    """Return the shapes of what transformers loads, the decoder layer of the MTP layer included, by
+    the names that it is to think they have.
+
+    Args:
+        checkpoint: what `with_mtp_layer` returned.
+        layout: what `formats.detect` returned.
+        names: those of the MTP layer.
+    Raises: CheckpointRefused, when another part of the MTP layer has a shape that does not fit.
+    """
+    shapes = model_tensors(checkpoint, layout)
+    size = checkpoint.text_config["hidden_size"]
+    rows = shapes.get(f"{names.shared_embeddings}.weight", (0,))[0]
+    matrix = (rows, size)
+    expected = {
+        names.embedding_norm: (size,),
+        names.hidden_norm: (size,),
+        names.norm: (size,),
+        names.projection: (size, 2 * size),
+        names.embeddings: matrix,
+        names.head: matrix,
+    }
+    for part, wanted in expected.items():
+        shape = shapes.pop(f"{part}.weight", wanted)
+        if tuple(shape) != wanted:
+            message = f"{checkpoint.place}: `{part}.weight` is {list(shape)}, not {list(wanted)}"
+            raise CheckpointRefused("E_SPECULATION", message, hint=HINT)
+    return {
+        moved_name(name, (names.block, names.place)): shape
+        for name, shape in shapes.items()
+        if name.startswith(f"{names.block}.") or not is_mtp_layer(checkpoint, name)
+    }
 
 
 def _with_one_more(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -280,6 +280,28 @@ def test_a_model_without_a_known_layer_is_refused(name, said, tmp_path):
     assert refused.value.code == "E_SPECULATION"
 
 
+@pytest.mark.parametrize(
+    ("model", "part", "rows", "code"),
+    [
+        ("qwen3_next-mtp", "mtp.fc.weight", 240, "E_SPECULATION"),
+        ("qwen3_next-mtp", "mtp.norm.weight", 240, "E_SPECULATION"),
+        ("qwen3_next-mtp", "mtp.layers.0.self_attn.q_proj.weight", 256, "E_TENSORS"),
+        ("qwen3_next-mtp", "mtp.layers.0.self_attn.k_norm.weight", 0, "E_TENSORS"),
+        ("deepseek_v3-mtp", "model.layers.2.eh_proj.weight", 240, "E_SPECULATION"),
+        ("deepseek_v3-mtp", "model.layers.2.mlp.experts.1.up_proj.weight", 0, "E_TENSORS"),
+    ],
+)
+def test_a_layer_that_does_not_fit_is_refused_before_it_is_read(model, part, rows, code, tmp_path):
+    folder, _ = publish(model, tmp_path / "model")
+    plan_load(open_checkpoint(folder), CPU, mtp=True)
+    stored = load_file(folder / WEIGHTS)
+    whole = stored.pop(part)
+    save_file(stored | ({part: whole[:rows].clone()} if rows else {}), folder / WEIGHTS)
+    with pytest.raises(CheckpointRefused) as refused:
+        plan_load(open_checkpoint(folder), CPU, mtp=True)
+    assert refused.value.code == code
+
+
 def test_a_dry_run_says_that_there_is_no_layer():
     dry = ["--dry-run", "--device", "cpu", "--speculative-algorithm", "NEXTN"]
     with pytest.raises(CheckpointRefused, match="this is LlamaForCausalLM"):
