@@ -115,23 +115,7 @@ def test_documents_are_scored_and_ranked(tmp_path, make):
             raw = engine.score(QUERY, DOCUMENTS, use_activation=False)
             assert scores == pytest.approx(1 / (1 + np.exp(-np.array(raw))), abs=1e-5)
         found = np.array([one["embedding"] for one in engine.encode(texts)])
-        for arguments in ([QUERY, []], ["a", [1]], [["a", "b"], ["c"] * 3]):
-            with pytest.raises(UsageError) as refused:
-                engine.score(*arguments)
-            assert refused.value.code == "E_PROMPT"
         assert engine.score(QUERY, np.array(DOCUMENTS)) == pytest.approx(scores, abs=1e-5)
-        for query, documents, options in (
-            ([QUERY, "x"], DOCUMENTS[:2], {}),
-            (QUERY, ["\ud800"], {}),
-            (QUERY, DOCUMENTS, {"top_n": -1}),
-            (QUERY, DOCUMENTS, {"top_n": "2"}),
-            (QUERY, DOCUMENTS, {"instruction": 5}),
-        ):
-            with pytest.raises(UsageError) as refused:
-                engine.rerank(query, documents, **options)
-            assert refused.value.code == "E_PROMPT"
-        with pytest.raises(UsageError, match="without label_token_ids"):
-            engine.score(QUERY, DOCUMENTS, item_first=True)
     expected = found[1:] @ found[0] if make is embedder else found[:, 0]
     assert scores == pytest.approx(expected, abs=1e-5)
     assert twice[0] == pytest.approx(scores[0], abs=1e-5)
@@ -143,13 +127,33 @@ def test_documents_are_scored_and_ranked(tmp_path, make):
     assert [one["index"] for one in later] == order
 
 
+def test_texts_and_options_that_cannot_be_scored_are_refused(tmp_path):
+    classifier(tmp_path / "model")
+    with Engine(tmp_path / "model", **OPTIONS) as engine:
+        for method, query, documents, options in (
+            (engine.score, QUERY, [], {}),
+            (engine.score, "a", [1], {}),
+            (engine.score, ["a", "b"], ["c"] * 3, {}),
+            (engine.rerank, [QUERY, "x"], DOCUMENTS[:2], {}),
+            (engine.rerank, QUERY, ["\ud800"], {}),
+            (engine.rerank, QUERY, DOCUMENTS, {"top_n": -1}),
+            (engine.rerank, QUERY, DOCUMENTS, {"top_n": "2"}),
+            (engine.rerank, QUERY, DOCUMENTS, {"instruction": 5}),
+        ):
+            with pytest.raises(UsageError) as refused:
+                method(query, documents, **options)
+            assert refused.value.code == "E_PROMPT"
+        with pytest.raises(UsageError, match="without label_token_ids"):
+            engine.score(QUERY, DOCUMENTS, item_first=True)
+
+
 def test_one_prompt_gives_the_probabilities_of_all_labels(tiny_model):
     texts = ["def add(a, b):\n" + item for item in ("    return", "x = 1\n")]
     sampling = {"max_new_tokens": 1, "temperature": 0}
     with Engine(tiny_model, **OPTIONS) as engine:
         results = engine.generate(texts, sampling, return_logprob=True, top_logprobs_num=20)
         likely = [result["meta_info"]["output_top_logprobs"][0] for result in results]
-        labels = [token for _, token, _ in likely[0]]
+        labels = [token for best in likely for _, token, _ in best]  # 20 of each text
         asked = engine.loop.scheduler.prefix_queries  # tokens of prompts
         scores = engine.score("def add(a, b):\n", ["    return", "x = 1\n"], labels)
         prompt_tokens = sum(result["meta_info"]["prompt_tokens"] for result in results)
@@ -171,10 +175,8 @@ def test_one_prompt_gives_the_probabilities_of_all_labels(tiny_model):
             engine.score("a", "b", [1], use_activation=False)
         with pytest.raises(UsageError, match="only by label_token_ids"):
             engine.rerank("a", ["b"])
-    assert scores[0] == pytest.approx([np.exp(one) for one, _, _ in likely[0]], abs=1e-5)
-    by_token = {token: np.exp(one) for one, token, _ in likely[1]}
-    for label, score in zip(labels, scores[1], strict=True):
-        assert score == pytest.approx(by_token.get(label, score), abs=1e-5)
+    for found, best in ((scores[0][:20], likely[0]), (scores[1][20:], likely[1])):
+        assert found == pytest.approx([np.exp(logprob) for logprob, _, _ in best], abs=1e-5)
     assert shares[0] == pytest.approx(np.array(scores[0]) / sum(scores[0]), abs=1e-5)
 
 
