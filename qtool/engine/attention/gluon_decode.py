@@ -6,8 +6,8 @@ the rows of one product and values those of the other, and the queries that shar
 eight columns. Warps take parts of a sequence; a second kernel adds these.
 """
 
-# Constants of a kernel are written in capitals; Gluon has no stars in lists.
-# ruff: noqa: N803, N806, RUF005
+# Constants of a kernel are written in capitals.
+# ruff: noqa: N803, N806
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -27,7 +27,7 @@ from qtool.runtime.triton.tiles import start_early
 HEAD_DIM = gl.constexpr(128)
 WORDS = gl.constexpr(32)  # int32 of a key or value, four numbers each
 COLUMNS = gl.constexpr(8)  # heads of queries that share a KV head, at most
-PAGES = 2  # of a step
+KEYS = 2 * PAGE  # of a step
 MIN_STEPS = 4  # of a part
 MAX_WARPS = 1536  # parts of all sequences and KV heads, about as many as run at the same time
 MAX_PARTS = 96  # of one sequence
@@ -101,8 +101,8 @@ def decode(
         factor=factor,
         least=MIN_STEPS,
         SHARED=shared,
+        KEYS=KEYS,
         PAGE=PAGE,
-        PAGES=PAGES,
         **launch,
     )
     channels, together = CHANNELS, PARTS_AT_ONCE
@@ -119,7 +119,7 @@ def decode(
         SHARED=shared,
         SHARED_PADDED=triton.next_power_of_2(shared),
         DV=HEAD_DIM.value,
-        KEYS=PAGE * PAGES,
+        KEYS=KEYS,
         TOGETHER=together,
         WIDTH=channels,
         **{**launch, "num_warps": 4},
@@ -147,27 +147,25 @@ def _attend_parts(  # type: ignore[no-untyped-def]
     factor,
     least,
     SHARED: gl.constexpr,
+    KEYS: gl.constexpr,
     PAGE: gl.constexpr,
-    PAGES: gl.constexpr,
     PDL: gl.constexpr,
 ):
     """Keep sums, in ``partial`` and ``sums``, over one part of the keys of a sequence."""
-    KEYS: gl.constexpr = PAGE * PAGES
     MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [1, 1], [16, 8])
     K: gl.constexpr = gl.DotOperandLayout(0, MMA, 8)
     V: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
     Q_READ: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [1, 1], [1, 0])
-    SECOND: gl.constexpr = [[16, 0]] if PAGES == 2 else []
     # a thread reads 16 bytes at a time; its numbers are then renumbered as the product wants them
     K_READ: gl.constexpr = gl.DistributedLinearLayout(
-        [[0, 1], [0, 2], [8, 0], [0, 16]] + SECOND,
+        [[0, 1], [0, 2], [8, 0], [0, 16], [16, 0]],
         [[0, 4], [0, 8], [1, 0], [2, 0], [4, 0]],
         [],
         [],
         [KEYS, WORDS],
     )
     V_READ: gl.constexpr = gl.DistributedLinearLayout(
-        [[0, 1], [0, 2], [1, 0], [8, 0]] + SECOND,
+        [[0, 1], [0, 2], [1, 0], [8, 0], [16, 0]],
         [[2, 0], [4, 0], [0, 4], [0, 8], [0, 16]],
         [],
         [],
@@ -213,15 +211,15 @@ def _attend_parts(  # type: ignore[no-untyped-def]
     top = gl.full([COLUMNS], float("-inf"), gl.float32, gl.SliceLayout(0, MMA))
     acc = gl.zeros([HEAD_DIM, COLUMNS], gl.float32, MMA)
     # a step computes with what the step before it has read, from pages found in the one before that
-    found = _find(pages, begin, end, last, stride_page, PAGE, PAGES)
+    found = _find(pages, begin, end, last, stride_page, PAGE)
     next_k = _read(k_places, k_key, found, begin, end, last, KEYS, PAGE)
     next_v = _read(v_places, v_key, found, begin, end, last, KEYS, PAGE)
-    found = _find(pages, begin + 1, end, last, stride_page, PAGE, PAGES)
+    found = _find(pages, begin + 1, end, last, stride_page, PAGE)
     for step in range(begin, end):
         k, v = _f16(next_k), _f16_by_pairs(next_v)
         next_k = _read(k_places, k_key, found, step + 1, end, last, KEYS, PAGE)
         next_v = _read(v_places, v_key, found, step + 1, end, last, KEYS, PAGE)
-        found = _find(pages, step + 2, end, last, stride_page, PAGE, PAGES)
+        found = _find(pages, step + 2, end, last, stride_page, PAGE)
         k = k.reshape([KEYS, 2, 4, 2, 8]).permute(0, 1, 3, 2, 4).reshape([KEYS, HEAD_DIM])
         k = gl.convert_layout(k, K, assert_trivial=True)
         logits = mma_v2(k, queries, gl.zeros([KEYS, COLUMNS], gl.float32, MMA)) * factor[None, :]
@@ -251,13 +249,11 @@ def _attend_parts(  # type: ignore[no-untyped-def]
 
 @gluon.jit
 def _find(  # type: ignore[no-untyped-def]
-    pages, step, end, last, stride_page, PAGE: gl.constexpr, PAGES: gl.constexpr
+    pages, step, end, last, stride_page, PAGE: gl.constexpr
 ):
-    """Return where the first and the last page of ``step`` begin."""
-    index = step * PAGES
+    """Return where the two pages of ``step`` begin."""
+    index = step * 2
     first = gl.load(pages + index, mask=step < end, other=0)
-    if PAGES == 1:
-        return first.to(gl.int64) * stride_page, first.to(gl.int64) * stride_page
     there = (step < end) & ((index + 1) * PAGE <= last)
     second = gl.load(pages + index + 1, mask=there, other=0)
     return first.to(gl.int64) * stride_page, second.to(gl.int64) * stride_page
@@ -268,7 +264,7 @@ def _read(  # type: ignore[no-untyped-def]
     places, key, found, step, end, last, KEYS: gl.constexpr, PAGE: gl.constexpr
 ):
     """Return the keys or values of ``step``, int32 [KEYS, WORDS]; zeros where there is none."""
-    begins = found[0] if KEYS == PAGE else gl.where(key < PAGE, found[0], found[1])[:, None]
+    begins = gl.where(key < PAGE, found[0], found[1])[:, None]
     visible = (key <= last - step * KEYS) & (step < end)
     return gl.load(places + begins, mask=visible[:, None], other=0)
 
