@@ -71,6 +71,9 @@ def find_mtp(checkpoint: Checkpoint) -> MtpNames:
         known = f"{', '.join(classes[:-1])} and {classes[-1]}"
         message = f"{path}: qtool knows the MTP layers of {known}, and this is {kind}"
         raise CheckpointRefused("E_SPECULATION", message, hint=HINT)
+    if checkpoint.text_config.get("num_hidden_layers") is None:
+        message = f"{path}: config.json has no `num_hidden_layers`, which the MTP layer follows"
+        raise CheckpointRefused("E_SPECULATION", message, hint=HINT)
     names = _names(checkpoint, is_own_module=kind in OWN_MODULE)
     norms = (names.embedding_norm, names.hidden_norm, names.norm)
     missing = [name for name in (f"{norm}.weight" for norm in norms) if name not in tensors]
@@ -139,9 +142,11 @@ def loaded_shapes(
     Raises: CheckpointRefused, when another part of the MTP layer has a shape that does not fit.
     """
     shapes = model_tensors(checkpoint, layout)
-    size = checkpoint.text_config["hidden_size"]
-    rows = shapes.get(f"{names.shared_embeddings}.weight", (0,))[0]
-    matrix = (rows, size)
+    shared = f"{names.shared_embeddings}.weight"
+    if (matrix := shapes.get(shared)) is None:
+        message = f"{checkpoint.place} has no embeddings: `{shared}` is missing"
+        raise CheckpointRefused("E_TENSORS", message, hint="take the weights from the original")
+    size = matrix[-1]
     expected = {
         names.embedding_norm: (size,),
         names.hidden_norm: (size,),
@@ -152,7 +157,7 @@ def loaded_shapes(
     }
     for part, wanted in expected.items():
         shape = shapes.pop(f"{part}.weight", wanted)
-        if tuple(shape) != wanted:
+        if tuple(shape) != tuple(wanted):
             message = f"{checkpoint.place}: `{part}.weight` is {list(shape)}, not {list(wanted)}"
             raise CheckpointRefused("E_SPECULATION", message, hint=HINT)
     return {

@@ -302,6 +302,19 @@ def test_a_layer_that_does_not_fit_is_refused_before_it_is_read(model, part, row
     assert refused.value.code == code
 
 
+@pytest.mark.parametrize(
+    ("field", "code"), [("num_hidden_layers", "E_SPECULATION"), ("hidden_size", "E_TENSORS")]
+)
+def test_a_config_without_a_field_is_refused(field, code, tmp_path):
+    folder, _ = publish("qwen3_next-mtp", tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    del config[field]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointRefused) as refused:
+        plan_load(open_checkpoint(folder), CPU, mtp=True)
+    assert refused.value.code == code
+
+
 def test_a_dry_run_says_that_there_is_no_layer():
     dry = ["--dry-run", "--device", "cpu", "--speculative-algorithm", "NEXTN"]
     with pytest.raises(CheckpointRefused, match="this is LlamaForCausalLM"):
