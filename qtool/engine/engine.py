@@ -45,6 +45,7 @@ from qtool.engine.sglang_names import check_other, engine_options
 from qtool.engine.start import decide_start, eos_ids_of, plan_engine
 from qtool.engine.vectors import check_dimensions
 from qtool.options import keywords_of, make_options
+from qtool.runtime.compiling import warn_of_version
 from qtool.runtime.load import materialize
 from qtool.runtime.load_plan import LoadPlan
 
@@ -87,6 +88,7 @@ class Engine(ScoringMethods):
         """Load the weights and start the loop."""
         device = plan.device
         start = decide_start(plan, config)
+        warn_of_version(device)
         self.tokenizer = start.tokenizer
         began = time.monotonic()
         model = materialize(plan)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+
+LOG = logging.getLogger("qtool.runtime")
 
 
 def compile_in_parallel(device: torch.device) -> AbstractContextManager[None]:
@@ -24,3 +27,20 @@ def log_compiles(device: torch.device) -> None:
         from qtool.runtime.triton import parallel_compile
 
         parallel_compile.log_compiles()
+
+
+def warn_of_version(device: torch.device) -> None:
+    """Warn when the fastest kernels for ``device`` do not run with this version of Triton."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
+        return
+    import triton
+
+    from qtool.runtime.triton.tiles import GLUON, GLUON_VERSION
+
+    if not GLUON:
+        LOG.warning(
+            "with Triton %s prompts in 8 bits and FP8 KV caches run in slower kernels: the fast "
+            "ones were tested with Triton %s alone",
+            triton.__version__,
+            GLUON_VERSION,
+        )

@@ -19,6 +19,7 @@ from support import ROOT, TESTS
 
 from qtool.formats.packing import unpack_bits
 from qtool.runtime import kernels
+from qtool.runtime.compiling import warn_of_version
 from qtool.runtime.kernels import KERNELS, Device, LinearSpec, choose, humming, scaled_mm
 from qtool.runtime.kernels import reference as plain
 from qtool.scheme import CODEBOOKS, SCHEMES, Activations, Scheme, Weights
@@ -413,3 +414,22 @@ def test_sums_are_rescaled_in_one_launch(code, interpret):
         text=True,
     )
     assert done.stdout.strip() == "same", done.stderr[-2000:]
+
+
+@pytest.mark.parametrize(
+    ("device", "capability", "tested", "warns"),
+    [
+        ("cuda", 9, False, True),
+        ("cuda", 9, True, False),
+        ("cuda", 8, False, False),
+        ("cpu", 9, False, False),
+    ],
+)
+def test_an_engine_says_that_another_triton_runs_slower_kernels(
+    monkeypatch, caplog, device, capability, tested, warns
+):
+    tiles = pytest.importorskip("qtool.runtime.triton.tiles", reason="triton is for Linux only")
+    monkeypatch.setattr(tiles, "GLUON", tested)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (capability, 0))
+    warn_of_version(torch.device(device))
+    assert ("were tested with Triton 3.6 alone" in caplog.text) == warns

@@ -21,7 +21,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from qtool.runtime.triton.gates import gate_times_up
 
 # Gluon is experimental: with versions of Triton that were not tested, other kernels are used
-GLUON = triton.__version__.startswith("3.6.")
+GLUON_VERSION = "3.6"
+GLUON = triton.__version__.startswith(f"{GLUON_VERSION}.")
 COUNTERS = 8192  # tiles that may be cut along K
 # tiles of tokens that neighbouring programs take, so that they share weights in the L2 cache
 BAND = 16
