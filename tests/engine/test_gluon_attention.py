@@ -1,7 +1,7 @@
 """The Gluon kernels of attention, from chunks and of decodes over FP8 pages: compiled for sm_90, and
 compared with float64 and with the Triton kernels where there is a GPU.
 
-Each in a process of its own (`python tests/engine/test_gluon_attention.py compile|compare`), as in
+Each in a process of its own (`python tests/engine/test_gluon_attention.py compile|interpret|compare`), as in
 test_kernels_gluon.py. `latents` compares and times keys and values that are made of latents.
 """
 
@@ -66,6 +66,10 @@ VARIANTS = (
 
 def test_the_kernel_compiles_for_hopper_without_spills(run_here):
     assert "compiled" in run_here("compile")
+
+
+def test_parts_of_sequences_are_added_as_float64_does(run_here):
+    assert "added" in run_here("interpret")
 
 
 @pytest.mark.gpu
@@ -143,6 +147,53 @@ def compile_decodes(compiled: list) -> None:
         code = compiled[-2].asm["ptx"].split("mma.sync")
         assert len(code) == 33, "two products of 32 keys and eight queries are 32 instructions"
         assert "bar.sync" not in "".join(code[1:-1]), "warps wait for each other"
+
+
+def interpret() -> None:
+    """Add random parts of sequences of several lengths, with room for more parts than they have."""
+    from support import triton_cpu
+
+    from qtool.engine.attention import gluon_decode
+
+    triton_cpu.repair()
+    torch.manual_seed(0)
+    lengths, heads, parts = (1, 33, 200, 4000), 2, 12
+    keys, least = gluon_decode.KEYS, gluon_decode.MIN_STEPS
+    many = gluon_decode.CHANNELS, gluon_decode.PARTS_AT_ONCE
+    few = gluon_decode.FEW_CHANNELS, gluon_decode.FEW_PARTS_AT_ONCE
+    for shared in (4, 7):
+        partial = torch.randn(len(lengths), heads, parts, shared, 128)
+        sums = torch.randn(2, len(lengths), heads, parts, shared)
+        sums[0] = sums[0].exp()
+        out = torch.full((len(lengths), heads * shared, 128), math.nan)
+        wanted = out.double()
+        for number, length in enumerate(lengths):
+            steps = -(-length // keys)
+            count = -(-steps // max(-(-steps // parts), least))
+            weight = sums[1, number, :, :count].double().exp2()[..., None]
+            total = (sums[0, number, :, :count, :, None] * weight).sum(1)
+            added = (partial[number, :, :count] * weight).sum(1) / total
+            wanted[number] = 0.5 * added.flatten(0, 1)
+            partial[number, :, count:], sums[:, number, :, count:] = math.nan, math.nan
+        for channels, together in (many, few):
+            gluon_decode._sum_parts[(heads, len(lengths), 128 // channels)](
+                partial=partial,
+                sums=sums,
+                positions=torch.tensor(lengths, dtype=torch.int32) - 1,
+                out=out.fill_(math.nan),
+                parts=parts,
+                least=least,
+                v_scale=0.5,
+                SHARED=shared,
+                SHARED_PADDED=8 if shared > 4 else 4,
+                DV=128,
+                KEYS=keys,
+                TOGETHER=together,
+                WIDTH=channels,
+                PDL=False,
+            )
+            torch.testing.assert_close(out.double(), wanted, rtol=1e-5, atol=1e-5)
+    print("added")
 
 
 def compare() -> None:
@@ -484,6 +535,7 @@ if __name__ == "__main__":
     with torch.inference_mode():
         steps = {
             "compile": [compile_all],
+            "interpret": [interpret],
             "compare": [compare, compare_latents, measure],
             "measure": [measure],
             "latents": [compare_latents, measure_latents],

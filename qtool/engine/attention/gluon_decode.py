@@ -22,6 +22,7 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from qtool.engine.attention.pages import PAGE, KVPages, Packed
+from qtool.engine.attention.triton_parts import add_parts
 from qtool.runtime.triton.tiles import start_early
 
 HEAD_DIM = gl.constexpr(128)
@@ -108,7 +109,7 @@ def decode(
     channels, together = CHANNELS, PARTS_AT_ONCE
     if tokens * kv_heads <= FEW_PROGRAMS:
         channels, together = FEW_CHANNELS, FEW_PARTS_AT_ONCE
-    _add_parts[(kv_heads, tokens, HEAD_DIM.value // channels)](
+    _sum_parts[(kv_heads, tokens, HEAD_DIM.value // channels)](
         partial=partial,
         sums=sums,
         positions=packed.positions,
@@ -319,7 +320,7 @@ def _f16_by_pairs(x):  # type: ignore[no-untyped-def]
     do_not_specialize=["parts", "least"],
     do_not_specialize_on_alignment=["positions", "partial", "sums"],
 )
-def _add_parts(  # type: ignore[no-untyped-def]
+def _sum_parts(  # type: ignore[no-untyped-def]
     partial,
     sums,
     positions,
@@ -342,24 +343,19 @@ def _add_parts(  # type: ignore[no-untyped-def]
     count = tl.cdiv(steps, tl.maximum(tl.cdiv(steps, parts), least))
     place = token.to(tl.int64) * tl.num_programs(0) + head
     tops = sums + tl.num_programs(1).to(tl.int64) * tl.num_programs(0) * parts * SHARED
-    member, dv = tl.arange(0, SHARED_PADDED), tl.program_id(2) * WIDTH + tl.arange(0, WIDTH)
-    acc = tl.zeros((SHARED_PADDED, WIDTH), tl.float32)
-    total = tl.zeros((SHARED_PADDED,), tl.float32)
-    top = tl.where(member < SHARED, float("-inf"), 0.0)
-    for begin in range(0, count, TOGETHER):
-        part = begin + tl.arange(0, TOGETHER)
-        there = (place * parts + part)[:, None] * SHARED + member[None, :]
-        valid = (part < count)[:, None] & (member < SHARED)[None, :]
-        some_tops = tl.load(tops + there, mask=valid, other=float("-inf"))
-        some_sums = tl.load(sums + there, mask=valid, other=0.0)
-        some = tl.load(
-            partial + there[:, :, None] * DV + dv[None, None, :], mask=valid[:, :, None], other=0.0
-        )
-        new_top = tl.maximum(top, tl.max(some_tops, 0))
-        weight, kept = tl.exp2(some_tops - new_top[None, :]), tl.exp2(top - new_top)
-        acc = acc * kept[:, None] + tl.sum(some * weight[:, :, None], 0)
-        total = total * kept + tl.sum(some_sums * weight, 0)
-        top = new_top
-    result = (acc * (v_scale / total)[:, None]).to(out.dtype.element_ty)
-    there = out + (place * SHARED + member[:, None]) * DV + dv[None, :]
-    tl.store(there, result, mask=(member < SHARED)[:, None])
+    dv = tl.program_id(2) * WIDTH + tl.arange(0, WIDTH)
+    add_parts(
+        partial,
+        sums,
+        tops,
+        out,
+        place,
+        count,
+        v_scale,
+        dv,
+        parts,
+        SHARED,
+        SHARED_PADDED,
+        DV,
+        TOGETHER,
+    )

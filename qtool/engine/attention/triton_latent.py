@@ -21,8 +21,8 @@ from qtool.engine.attention.triton_paged import (
     Tile,
     launch_options,
     power_of_two,
-    store_part,
 )
+from qtool.engine.attention.triton_parts import store_part
 from qtool.runtime.triton.tiles import GLUON, start_early
 
 ROWS = 16  # heads of a tile, at most

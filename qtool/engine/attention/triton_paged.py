@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qtool.engine.attention.pages import LOG2_E, PAGE, KVPages, Packed
+from qtool.engine.attention.triton_parts import store_part
 from qtool.runtime.triton.tiles import GLUON, start_early
 
 LONG = 16384  # tokens that a sequence may have where few are cut with long ones in mind
@@ -686,115 +687,6 @@ def _decode(  # type: ignore[no-untyped-def]
         DV,
         PARTS,
         TOGETHER,
-    )
-
-
-@triton.jit
-def store_part(  # type: ignore[no-untyped-def]
-    acc,
-    total,
-    top,
-    out,
-    partial,
-    sums,
-    arrived,
-    place,
-    part,
-    parts,
-    v_scale,
-    SHARED: tl.constexpr,
-    SHARED_PADDED: tl.constexpr,
-    DV: tl.constexpr,
-    PARTS: tl.constexpr,
-    TOGETHER: tl.constexpr,
-):
-    """Write the result of the heads at ``place`` of a decode, or keep this of its ``parts`` parts;
-    the last to arrive adds them.
-
-    Args:
-        acc: sums of values, [ROWS, padded DV]; ``total`` and ``top`` [ROWS] are those of
-            `_attend_tiles`.
-    """
-    DV_PADDED: tl.constexpr = acc.shape[1]
-    row, dv = tl.arange(0, acc.shape[0]), tl.arange(0, DV_PADDED)
-    inside = (row < SHARED)[:, None] & (dv < DV)[None, :]
-    if parts == 1:
-        result = (acc * (v_scale / total)[:, None]).to(out.dtype.element_ty)
-        tl.store(out + (place * SHARED + row[:, None]) * DV + dv[None, :], result, mask=inside)
-    elif PARTS > 1:
-        mine = (place * PARTS + part) * SHARED + row
-        places = tl.num_programs(2).to(tl.int64) * tl.num_programs(0)
-        tops = sums + places * PARTS * SHARED
-        tl.store(partial + mine[:, None] * DV + dv[None, :], acc, mask=inside)
-        tl.store(sums + mine, total, mask=row < SHARED)
-        tl.store(tops + mine, top, mask=row < SHARED)
-        tl.debug_barrier()
-        if tl.atomic_add(arrived + place, 1, sem="acq_rel") == parts - 1:
-            tl.store(arrived + place, 0)
-            _add_parts(
-                partial,
-                sums,
-                tops,
-                out,
-                place,
-                parts,
-                v_scale,
-                SHARED,
-                SHARED_PADDED,
-                DV,
-                DV_PADDED,
-                PARTS,
-                TOGETHER,
-            )
-
-
-@triton.jit
-def _add_parts(  # type: ignore[no-untyped-def]
-    partial,
-    sums,
-    tops,
-    out,
-    place,
-    parts,
-    v_scale,
-    SHARED: tl.constexpr,
-    SHARED_PADDED: tl.constexpr,
-    DV: tl.constexpr,
-    DV_PADDED: tl.constexpr,
-    PARTS: tl.constexpr,
-    TOGETHER: tl.constexpr,
-):
-    """Write the sum of the ``parts`` parts of the heads at ``place`` to ``out``.
-
-    Parts are always added in the same order, ``TOGETHER`` at a time.
-    """
-    member, dv = tl.arange(0, SHARED_PADDED), tl.arange(0, DV_PADDED)
-    acc = tl.zeros((SHARED_PADDED, DV_PADDED), tl.float32)
-    total = tl.zeros((SHARED_PADDED,), tl.float32)
-    top = tl.where(member < SHARED, float("-inf"), 0.0)
-    for begin in range(0, parts, TOGETHER):
-        index = begin + tl.arange(0, TOGETHER)
-        there = (place * PARTS + index)[:, None] * SHARED + member[None, :]
-        valid = (index < parts)[:, None] & (member < SHARED)[None, :]
-        some_tops = tl.load(tops + there, mask=valid, other=float("-inf"), cache_modifier=".cg")
-        some_sums = tl.load(sums + there, mask=valid, other=0.0, cache_modifier=".cg")
-        inside = valid[:, :, None] & (dv < DV)[None, None, :]
-        some = tl.load(
-            partial + there[:, :, None] * DV + dv[None, None, :],
-            mask=inside,
-            other=0.0,
-            cache_modifier=".cg",
-        )
-        new_top = tl.maximum(top, tl.max(some_tops, 0))
-        weight, kept = tl.exp2(some_tops - new_top[None, :]), tl.exp2(top - new_top)
-        acc = acc * kept[:, None] + tl.sum(some * weight[:, :, None], 0)
-        total = total * kept + tl.sum(some_sums * weight, 0)
-        top = new_top
-    result = (acc * (v_scale / total)[:, None]).to(out.dtype.element_ty)
-    tl.store(
-        out + (place * SHARED + member[:, None]) * DV + dv[None, :],
-        result,
-        mask=(member < SHARED)[:, None] & (dv < DV)[None, :],
     )
 
 
