@@ -130,9 +130,8 @@ def plan_load(
     if layout and layout.format == "gguf" and device.type == "cpu":
         schemes = _with_rounded_inputs(layout, schemes, computed_in)
     names = find_mtp(checkpoint) if mtp else None
-    built = with_mtp_layer(checkpoint) if names else checkpoint
-    if encoding is not None:
-        built = without_head(checkpoint)
+    whole = with_mtp_layer(checkpoint) if names else checkpoint
+    built = whole if encoding is None else without_head(checkpoint)
     moved = (names.block, names.place) if names else None
     skeleton = Skeleton(built, layout, computed_in, moved)
     head = head_of(skeleton, encoding) if encoding is not None else None
@@ -164,7 +163,7 @@ def plan_load(
     groups, second_copy = _make_groups(sources, sharing, experts, skeleton.dtype, device)
     unquantized = _unquantized_experts(skeleton, schemes, sources)
     _check_experts(skeleton, [*sources, *unquantized])
-    _check_model(checkpoint, layout, names)
+    check_model(whole, layout, loaded_shapes(whole, layout, names) if names else None)
     return LoadPlan(
         checkpoint=checkpoint,
         layout=layout,
@@ -179,15 +178,6 @@ def plan_load(
         mtp=names,
         encoding=encoding,
     )
-
-
-def _check_model(checkpoint: Checkpoint, layout: Layout | None, mtp: MtpNames | None) -> None:
-    """Raise CheckpointRefused, if config and tensors are not one model, its MTP layer included."""
-    if mtp is None:
-        check_model(checkpoint, layout)
-        return
-    built = with_mtp_layer(checkpoint)
-    check_model(built, layout, loaded_shapes(built, layout, mtp))
 
 
 def _with_rounded_inputs(
