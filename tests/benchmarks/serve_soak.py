@@ -35,7 +35,7 @@ import psutil
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[level]) for level in (1, 2)]
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "serve"))
-from support.server import Server, free_port, start_server  # noqa: E402
+from support.server import Server, free_port, start_server, wait_until  # noqa: E402
 from test_serve_lifecycle import (  # noqa: E402
     LONG,
     are_gone,
@@ -46,7 +46,6 @@ from test_serve_lifecycle import (  # noqa: E402
     leave_early,
     request_bytes,
     serve_command,
-    wait_until,
 )
 from test_serve_loop import BODIES  # noqa: E402
 

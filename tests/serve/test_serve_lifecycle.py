@@ -23,7 +23,7 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
-from support.server import Server, free_port, start_server
+from support.server import Server, free_port, start_server, wait_until
 
 from qtool.cli.app import app, run
 from qtool.errors import QtoolError, UsageError
@@ -47,15 +47,6 @@ def doing(server: Server) -> dict[str, float]:
 def is_idle(server: Server) -> bool:
     state = doing(server)
     return not (state["running"] or state["waiting"] or state["places_taken"] or state["kv_usage"])
-
-
-def wait_until(true, timeout_s: float) -> float:
-    """Wait for ``true()``, and return the seconds it took."""
-    began = time.monotonic()
-    while not true():
-        assert time.monotonic() - began < timeout_s, "it took too long"
-        time.sleep(0.05)
-    return time.monotonic() - began
 
 
 def request_bytes(path: str, body: dict[str, object]) -> bytes:

@@ -15,7 +15,7 @@ from typing import Any
 
 import httpx
 import pytest
-from support.server import start_server
+from support.server import start_server, wait_until
 
 import qtool
 
@@ -545,11 +545,13 @@ def test_pages_of_an_allowed_origin_call_and_others_do_not(browser, served, seco
     page = browser.new_context().new_page()
     page.set_default_timeout(PATIENCE_MS)
     page.goto(f"{served.url}/health")  # of the allowed origin, and without the page's policy
+    answered = second.said().count("completion cmpl-") + 1
     status, text = page.evaluate(CALL, [url, body])
     assert status == 200 and text.endswith("data: [DONE]\n\n")
     status, text = page.evaluate(CALL, [url, {**body, "max_token": 2}])
     assert status == 400 and "max_tokens" in text  # a page can read why
-    answered = second.said().count("completion cmpl-")
+    # a stream's line is written once its last bytes have left
+    wait_until(lambda: second.said().count("completion cmpl-") == answered, 20)
     page.goto(f"http://localhost:{served.port}/health")  # the same server, but another origin
     assert page.evaluate(CALL, [url, body]) == [0, "TypeError: Failed to fetch"]
     asks = {"access-control-request-method": "POST", "access-control-request-headers": "x-a"}

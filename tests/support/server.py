@@ -10,6 +10,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,15 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def wait_until(true: Callable[[], bool], timeout_s: float) -> float:
+    """Wait for ``true()``, and return the seconds it took."""
+    began = time.monotonic()
+    while not true():
+        assert time.monotonic() - began < timeout_s, "it took too long"
+        time.sleep(0.05)
+    return time.monotonic() - began
 
 
 @dataclass
