@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
 from itertools import pairwise
-from typing import TYPE_CHECKING, ParamSpec, TypeVar, cast
+from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar, cast
 
 from qtool.errors import UsageError, nearest
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 P = ParamSpec("P")
 T = TypeVar("T")
+Owner = TypeVar("Owner")
 Options = TypeVar("Options", bound="DataclassInstance")
 PARTS = ("modules", "blocks")  # what `eval` puts into the reference one at a time
 LARGEST = 2**31 - 1  # for numbers without a maximum: libraries keep them in a C int
@@ -117,6 +118,24 @@ def keywords_of(
         shown = signature.replace(parameters=[*own, *options])
         function.__signature__ = shown  # type: ignore[attr-defined]
         return function
+
+    return decorate
+
+
+def arguments_of(
+    kind: Callable[P, object],
+) -> Callable[[Callable[Concatenate[Owner, ...], T]], Callable[Concatenate[Owner, P], T]]:
+    """Give a method the signature of ``kind``, in place of ``*arguments, **options``."""
+
+    def decorate(
+        method: Callable[Concatenate[Owner, ...], T],
+    ) -> Callable[Concatenate[Owner, P], T]:
+        signature = inspect.signature(method)
+        owner = next(iter(signature.parameters.values()))
+        arguments = inspect.signature(kind).parameters.values()
+        shown = signature.replace(parameters=[owner, *arguments])
+        method.__signature__ = shown  # type: ignore[attr-defined]
+        return method
 
     return decorate
 

@@ -9,6 +9,8 @@ import pytest
 
 import qtool
 from qtool.engine.config import EngineConfig
+from qtool.engine.engine import Engine
+from qtool.engine.scoring import RerankArguments, ScoreArguments
 from qtool.errors import UsageError
 from qtool.options import ExportOptions, QuantizeOptions, field_docs, make_options
 from qtool.serve.settings import ServeOptions, ServeSettings, make_settings
@@ -96,8 +98,13 @@ def test_two_flags_name_one_quantization_in_lower_case(given):
 
 @pytest.mark.parametrize(
     ("function", "kind"),
-    [(qtool.quantize, QuantizeOptions), (qtool.export, ExportOptions)],
-    ids=["quantize", "export"],
+    [
+        (qtool.quantize, QuantizeOptions),
+        (qtool.export, ExportOptions),
+        (Engine.score, ScoreArguments),
+        (Engine.async_rerank, RerankArguments),
+    ],
+    ids=["quantize", "export", "score", "async_rerank"],
 )
 def test_help_of_a_function_shows_its_options(function, kind):
     shown = inspect.signature(function).parameters

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Protocol, Self
 
 import numpy as np
 
@@ -25,10 +25,6 @@ from qtool.errors import CheckpointRefused, UsageError
 
 LABEL_PARAMS = SamplingParams(max_new_tokens=1, temperature=0)
 """Of requests for the probabilities of labels: they are read off the first generated token."""
-LABEL_OPTIONS = ("apply_softmax", "item_first")
-"""Options of scores by the probabilities of labels."""
-PAIR_OPTIONS = ("instruction", "use_activation")
-"""Options of scores by rerankers and embedding models."""
 _ROLE_PATTERNS = [
     re.compile(rf"['\"<]{role}['\">]", re.IGNORECASE) for role in ("query", "document")
 ]
@@ -48,18 +44,46 @@ def make_pairs(first: Sequence[str], second: Sequence[str]) -> list[tuple[str, s
     return list(zip(first, second, strict=True))
 
 
-def ignored_option_reason(options: Mapping[str, object], *, has_labels: bool) -> str | None:
-    """Return why one of ``options`` would be ignored; None if none would.
-
-    Args:
-        options: by name; None, False or empty asks for nothing, of use_activation True.
-        has_labels: whether the request asks for the probabilities of labels.
+class ScoreOptions(Protocol):
+    """The options of a request for scores. None, False or empty asks for nothing, of use_activation
+    None or True.
     """
-    for name in PAIR_OPTIONS if has_labels else LABEL_OPTIONS:
-        given = options.get(name)
-        is_asked = given is False if name == "use_activation" else bool(given)
+
+    @property
+    def label_token_ids(self) -> Sequence[int] | None:
+        """Tokens whose probabilities are the scores."""
+
+    @property
+    def apply_softmax(self) -> bool | None:
+        """Whether the probabilities of the labels sum to 1."""
+
+    @property
+    def item_first(self) -> bool | None:
+        """Whether the item comes before the query."""
+
+    @property
+    def instruction(self) -> str | None:
+        """What makes a document relevant, for a reranker."""
+
+    @property
+    def use_activation(self) -> bool | None:
+        """Whether the scores of a reranker go through a sigmoid."""
+
+
+def ignored_option_reason(options: ScoreOptions) -> str | None:
+    """Return why one of ``options`` would be ignored; None if none would."""
+    if options.label_token_ids is None:
+        where = "without"
+        asked = {"apply_softmax": options.apply_softmax, "item_first": options.item_first}
+    else:
+        where = "with"
+        asked = {
+            "instruction": bool(options.instruction),
+            "use_activation": options.use_activation is False,
+        }
+    for name, is_asked in asked.items():
         if is_asked:
-            return f"`{name}` means nothing {'with' if has_labels else 'without'} label_token_ids"
+            return f"`{name}` means nothing {where} label_token_ids"
     return None
 
 

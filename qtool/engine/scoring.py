@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Callable, Generator, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any, Generic, TypedDict, TypeVar
 
@@ -30,9 +29,11 @@ from qtool.engine.scores import (
 )
 from qtool.engine.vectors import vector_of
 from qtool.errors import UsageError
+from qtool.options import arguments_of
 
 Texts = str | Sequence[str]
 Scores = list[float] | list[list[float]]
+A = TypeVar("A")
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
 
@@ -43,6 +44,43 @@ class Ranked(TypedDict):
     index: int
     """Which of the documents."""
     relevance_score: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairOptions:
+    """The options of scores by rerankers and embedding models."""
+
+    instruction: str | None = None
+    """What makes a document relevant, in place of the checkpoint's own, for chat templates that
+    show it."""
+    use_activation: bool = True
+    """False: logits of a reranker, without a sigmoid."""
+
+
+@dataclass(frozen=True)
+class ScoreArguments(PairOptions):
+    """The arguments of `Engine.score`; the positional ones are SGLang's."""
+
+    query: Texts
+    """One text for all items, or one for each."""
+    items: Texts
+    """The documents to score."""
+    label_token_ids: Sequence[int] | None = None
+    """Tokens whose probabilities are the scores."""
+    apply_softmax: bool = False
+    """Let the probabilities of the labels sum to 1."""
+    item_first: bool = False
+    """Put the item before the query."""
+
+
+@dataclass(frozen=True)
+class RerankArguments(PairOptions):
+    """The arguments of `Engine.rerank`."""
+
+    query: str
+    documents: Sequence[str]
+    top_n: int | None = field(default=None, kw_only=True)
+    """How many are returned; None: all."""
 
 
 @dataclass(frozen=True)
@@ -71,160 +109,76 @@ class ScoringMethods(ABC):
         self, requests: Sequence[Request]
     ) -> AsyncGenerator[CompletionOutput, None]: ...
 
-    def score(
-        self,
-        query: Texts,
-        items: Texts,
-        label_token_ids: Sequence[int] | None = None,
-        apply_softmax: bool = False,
-        item_first: bool = False,
-        *,
-        instruction: str | None = None,
-        use_activation: bool = True,
-    ) -> Scores:
-        """Score ``items`` for ``query``.
+    @arguments_of(ScoreArguments)
+    def score(self, *arguments: Any, **options: Any) -> Scores:
+        """Score items for a query; the arguments are the fields of `ScoreArguments`.
 
-        Args:
-            query: one text for all items, or one for each.
-            items: the documents to score.
-            label_token_ids: tokens whose probabilities are the scores, as in SGLang.
-            apply_softmax: let the probabilities of the labels sum to 1.
-            item_first: put the item before the query.
-            instruction: what makes a document relevant, in place of the checkpoint's own, for chat
-                templates that show it.
-            use_activation: False: logits of a reranker, without a sigmoid.
         Returns: for each item a number; with ``label_token_ids`` a list of the probabilities of
             these tokens after query and item.
         Raises: UsageError; CheckpointRefused, for a reranker whose prompts are unknown.
         """
-        return self._run(
-            self._score_job(
-                query,
-                items,
-                label_token_ids,
-                apply_softmax=apply_softmax,
-                item_first=item_first,
-                instruction=instruction,
-                use_activation=use_activation,
-            )
-        )
+        return self._run(self._score_job(ScoreArguments(*arguments, **options)))
 
-    async def async_score(
-        self,
-        query: Texts,
-        items: Texts,
-        label_token_ids: Sequence[int] | None = None,
-        apply_softmax: bool = False,
-        item_first: bool = False,
-        *,
-        instruction: str | None = None,
-        use_activation: bool = True,
-    ) -> Scores:
+    @arguments_of(ScoreArguments)
+    async def async_score(self, *arguments: Any, **options: Any) -> Scores:
         """Do as `score`. Cancelling it aborts the requests."""
-        return await self._async_run(
-            partial(
-                self._score_job,
-                query,
-                items,
-                label_token_ids,
-                apply_softmax=apply_softmax,
-                item_first=item_first,
-                instruction=instruction,
-                use_activation=use_activation,
-            )
-        )
+        return await self._async_run(self._score_job, ScoreArguments(*arguments, **options))
 
-    def rerank(
-        self,
-        query: str,
-        documents: Sequence[str],
-        *,
-        top_n: int | None = None,
-        instruction: str | None = None,
-        use_activation: bool = True,
-    ) -> list[Ranked]:
-        """Return the documents that are most relevant for ``query``, the best first.
+    @arguments_of(RerankArguments)
+    def rerank(self, *arguments: Any, **options: Any) -> list[Ranked]:
+        """Return the documents that are most relevant for a query, the best first; the arguments
+        are the fields of `RerankArguments`.
 
-        Args:
-            query: a text.
-            documents: texts.
-            top_n: how many are returned; None: all.
-            instruction: as in `score`.
-            use_activation: as in `score`; ``relevance_score`` is what `score` gives.
         Raises: as `score`.
         """
-        return self._run(self._rank_job(query, documents, top_n, instruction, use_activation))
+        return self._run(self._rank_job(RerankArguments(*arguments, **options)))
 
-    async def async_rerank(
-        self,
-        query: str,
-        documents: Sequence[str],
-        *,
-        top_n: int | None = None,
-        instruction: str | None = None,
-        use_activation: bool = True,
-    ) -> list[Ranked]:
+    @arguments_of(RerankArguments)
+    async def async_rerank(self, *arguments: Any, **options: Any) -> list[Ranked]:
         """Do as `rerank`. Cancelling it aborts the requests."""
-        return await self._async_run(
-            partial(self._rank_job, query, documents, top_n, instruction, use_activation)
-        )
+        return await self._async_run(self._rank_job, RerankArguments(*arguments, **options))
 
     def _run(self, job: _Job[T]) -> T:
         outputs = sorted(self._outputs(job.requests), key=attrgetter("index"))
         check_complete(outputs)
         return job.result(outputs)
 
-    async def _async_run(self, make_job: Callable[[], _Job[T]]) -> T:
-        job = await asyncio.get_running_loop().run_in_executor(None, make_job)
+    async def _async_run(self, make_job: Callable[[A], _Job[T]], arguments: A) -> T:
+        job = await asyncio.get_running_loop().run_in_executor(None, make_job, arguments)
         outputs = [output async for output in self._async_outputs(job.requests)]
         outputs.sort(key=attrgetter("index"))
         check_complete(outputs)
         return job.result(outputs)
 
-    def _score_job(
-        self,
-        query: Texts,
-        items: Texts,
-        label_token_ids: Sequence[int] | None,
-        *,
-        apply_softmax: bool,
-        item_first: bool,
-        instruction: str | None,
-        use_activation: bool,
-    ) -> _Job[list[float] | list[list[float]]]:
-        options = {
-            "apply_softmax": apply_softmax,
-            "item_first": item_first,
-            "instruction": instruction,
-            "use_activation": use_activation,
-        }
-        problem = ignored_option_reason(options, has_labels=label_token_ids is not None)
+    def _score_job(self, given: ScoreArguments) -> _Job[Scores]:
+        problem = ignored_option_reason(given)
         if problem is not None:
             raise UsageError("E_PROMPT", problem, hint="leave it out")
-        pairs = make_pairs(_texts(query), _texts(items))
-        if label_token_ids is None:
-            return self._pair_job(pairs, instruction, use_activation)
-        label_token_ids = _as_list(label_token_ids)
-        if label_token_ids == []:
+        pairs = make_pairs(_texts(given.query), _texts(given.items))
+        if given.label_token_ids is None:
+            return self._pair_job(pairs, given)
+        labels = _as_list(given.label_token_ids)
+        if labels == []:
             raise UsageError("E_PROMPT", "label_token_ids is empty", hint="give one label at least")
-        texts = join_texts(pairs, item_first=item_first)
+        texts = join_texts(pairs, item_first=given.item_first)
         requests, _ = self._parser.parse(
             GenerateRequest(
                 prompt=texts,
                 sampling_params=LABEL_PARAMS,
                 return_logprob=True,
-                label_token_ids=label_token_ids,
+                label_token_ids=labels,
             )
         )
+        softmax = given.apply_softmax
         return _Job(
             requests,
-            lambda outputs: [label_scores(each, apply_softmax=apply_softmax) for each in outputs],
+            lambda outputs: [label_scores(each, apply_softmax=softmax) for each in outputs],
         )
 
     def _pair_job(
-        self, pairs: Sequence[tuple[str, str]], instruction: str | None, use_activation: bool
+        self, pairs: Sequence[tuple[str, str]], options: PairOptions
     ) -> _Job[list[float]]:
-        encoding = self.encoding
+        encoding, instruction = self.encoding, options.instruction
         if instruction is not None:
             _check_text("the instruction", instruction)
         if encoding is None:
@@ -236,14 +190,15 @@ class ScoringMethods(ABC):
         if encoding.task == "embed":
             if instruction:
                 raise instruction_not_shown()
-            given = EncodeRequest(prompt=distinct_texts(pairs))
+            texts = EncodeRequest(prompt=distinct_texts(pairs))
         else:
-            given = EncodeRequest(input_ids=self._pair_tokens(pairs, instruction))
-        requests, _ = encode_requests(self._parser, given)
+            texts = EncodeRequest(input_ids=self._pair_tokens(pairs, instruction))
+        requests, _ = encode_requests(self._parser, texts)
 
         def result(outputs: list[CompletionOutput]) -> list[float]:
             vectors = [
-                vector_of(encoding, output.vector, activate=use_activation) for output in outputs
+                vector_of(encoding, output.vector, activate=options.use_activation)
+                for output in outputs
             ]
             if encoding.task == "embed":
                 return cosines(pairs, vectors)
@@ -277,20 +232,13 @@ class ScoringMethods(ABC):
             encoded.ids for encoded in backend.encode_batch_fast(prompts, add_special_tokens=False)
         ]
 
-    def _rank_job(
-        self,
-        query: str,
-        documents: Sequence[str],
-        top_n: int | None,
-        instruction: str | None,
-        use_activation: bool,
-    ) -> _Job[list[Ranked]]:
-        _check_text("the query", query)
+    def _rank_job(self, given: RerankArguments) -> _Job[list[Ranked]]:
+        _check_text("the query", given.query)
+        top_n = given.top_n
         if top_n is not None and (type(top_n) is not int or top_n < 0):
             message = f"top_n is `{top_n}`"
             raise UsageError("E_PROMPT", message, hint="a whole number, or None for all documents")
-        pairs = make_pairs([query], _texts(documents))
-        scored = self._pair_job(pairs, instruction, use_activation)
+        scored = self._pair_job(make_pairs([given.query], _texts(given.documents)), given)
 
         def result(outputs: list[CompletionOutput]) -> list[Ranked]:
             scores = scored.result(outputs)

@@ -99,10 +99,10 @@ class PairFields(EncodingFields):
     instruct: str | None = None
     """SGLang's name of ``instruction``."""
 
-    @property
-    def wanted(self) -> str | None:
-        """The instruction, under either name."""
-        return self.instruction or self.instruct
+    @model_validator(mode="after")
+    def _take_instruct(self) -> Self:
+        self.instruction = self.instruction or self.instruct
+        return self
 
 
 class ScoreRequest(PairFields):
@@ -138,13 +138,7 @@ class ScoreRequest(PairFields):
     @model_validator(mode="after")
     def _check_labels(self) -> Self:
         """Refuse what would be ignored."""
-        options = {
-            "apply_softmax": self.apply_softmax,
-            "item_first": self.item_first,
-            "instruction": self.wanted,
-            "use_activation": self.use_activation,
-        }
-        problem = ignored_option_reason(options, has_labels=self.label_token_ids is not None)
+        problem = ignored_option_reason(self)
         if problem is not None:
             raise ValueError(problem)
         return self

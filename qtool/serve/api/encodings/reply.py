@@ -181,7 +181,7 @@ async def score(service: Service, body: ScoreRequest) -> Response:
     service.check_model(body.model)
     pairs = _pairs(body)
     run = _Run(service, "score", body.rid)
-    scores = await _scores(service, run, pairs, body.wanted, body.use_activation)
+    scores = await _scores(service, run, pairs, body.instruction, body.use_activation)
     return json_reply(
         Scores(
             id=run.id,
@@ -243,7 +243,7 @@ async def rerank(service: Service, body: RerankRequest, *, repeat: bool) -> Resp
     texts = [one if isinstance(one, str) else one.text for one in body.documents]
     run = _Run(service, "rerank", body.rid)
     pairs = [(body.query, text) for text in texts]
-    scores = await _scores(service, run, pairs, body.wanted, body.use_activation)
+    scores = await _scores(service, run, pairs, body.instruction, body.use_activation)
     shows = repeat if body.return_documents is None else body.return_documents
     return json_reply(
         Ranking(
