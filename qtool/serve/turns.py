@@ -1,4 +1,4 @@
-"""`Origin`: which client a request is from. `Turns`: how clients share scarce workers.
+"""`Origin`: which client a request is from, and its id. `Turns`: how clients share scarce workers.
 
 A client is an address, for IPv6 the network of a site. The server has one API key, so keys do not
 tell clients apart.
@@ -7,9 +7,10 @@ tell clients apart.
 from __future__ import annotations
 
 import asyncio
+import uuid
 from collections import Counter, deque
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from ipaddress import IPv6Address, ip_address
 
 from qtool.sandbox import TooManyWaiting
@@ -17,14 +18,17 @@ from qtool.sandbox import TooManyWaiting
 IPV6_SITE_BITS = 64  # of an address, for hosts within one site
 
 
-@dataclass(frozen=True)
+@dataclass
 class Origin:
-    """The client of a request, and the size of its body."""
+    """The client of a request, the size of its body, and its id."""
 
     client: str = ""
     """Empty for the server itself."""
 
     body_bytes: int = 0
+
+    request_id: str = field(default_factory=lambda: f"req-{uuid.uuid4().hex}")
+    """In the headers of the answer and in the log."""
 
 
 _current: ContextVar[Origin | None] = ContextVar("current_origin", default=None)
@@ -38,6 +42,12 @@ def current_origin() -> Origin:
 def set_origin(origin: Origin) -> None:
     """Let the current task, and those that it starts, answer the request from ``origin``."""
     _current.set(origin)
+
+
+def name_request(request_id: str) -> str:
+    """Give the request that the current task answers this id, and return it."""
+    current_origin().request_id = request_id
+    return request_id
 
 
 def client_at(host: str) -> str:

@@ -100,7 +100,10 @@ def test_a_long_list_is_worked_through_in_parts(embedding):
     server, vector = embedding
     prompts = [[3 + number % 300, 4 + number % 200] for number in range(700)]
     body = {"input": prompts, "encoding_format": "base64"}
-    answer = httpx.post(f"{server.url}/v1/embeddings", json=body, timeout=60).json()
+    response = httpx.post(f"{server.url}/v1/embeddings", json=body, timeout=60)
+    answer = response.json()
+    assert response.headers["x-request-id"] == answer["id"]
+    assert f" {answer['id']}: 1400 prompt tokens" in server.said()
     assert [one["index"] for one in answer["data"]] == [*range(700)]
     for number in (0, 127, 128, 699):
         found = np.frombuffer(base64.b64decode(answer["data"][number]["embedding"]), "<f4")

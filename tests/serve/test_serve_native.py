@@ -378,16 +378,24 @@ def test_a_refusal_leaves_a_line_and_a_count(http, served):
         )
 
     before = count()
-    http.post("/v1/completions", json={"prompt": "a secret", "max_token": 2})
-    http.get("/nowhere")
-    http.post("/generate", content=b"{}", headers={"content-type": "text/plain"})
+    answers = [
+        http.post("/v1/completions", json={"prompt": "a secret", "max_token": 2}),
+        http.post("/v1/completions", json={"prompt": [1 << 20], "rid": "mine"}),
+        http.get("/nowhere"),
+        http.post("/generate", content=b"{}", headers={"content-type": "text/plain"}),
+    ]
     assert count() == before + 1
-    for line in (
+    lines = (
         "refused: POST /v1/completions: 400 unknown_parameter, param max_token",
+        "refused: POST /v1/completions: 400 prompt",
         "refused: GET /nowhere: 404 not_found",
         "refused: POST /generate: 415 unsupported_media_type",
-    ):
-        assert line in served.said()
+    )
+    for answer, line in zip(answers, lines, strict=True):
+        rid = answer.headers["x-request-id"]
+        assert rid == answer.headers["request-id"]
+        assert f"{line}, request {rid}\n" in served.said()
+    assert answers[1].headers["x-request-id"] == "mine"
     assert "a secret" not in served.said()
 
 

@@ -79,24 +79,14 @@ async def answer_all(
     """Do as `answer` for a request of several submissions, each with its own limit."""
     stream = service.submit(slot, submissions, max_tokens)
     if submissions[0].stream:
-        return _with_id(await EventStream.started(reply, stream, slot), submissions[0].rid)
+        return await EventStream.started(reply, stream, slot)
     try:
         outputs = await stream.collect()
-        response = await service.threads.run(
+        return await service.threads.run(
             reply_bytes(outputs, *submissions), lambda: json_reply(reply.whole(outputs))
         )
-        return _with_id(response, submissions[0].rid)
     finally:
         reply.close()
-
-
-def _with_id(response: Response, rid: str) -> Response:
-    """Return ``response`` with the request id of the log in the headers that the clients of OpenAI
-    and of Anthropic read.
-    """
-    response.headers["x-request-id"] = rid
-    response.headers["request-id"] = rid
-    return response
 
 
 def reply_bytes(outputs: Sequence[CompletionOutput], *submissions: Submission) -> int:

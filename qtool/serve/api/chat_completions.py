@@ -31,11 +31,13 @@ from qtool.serve.api.tools import deltas
 from qtool.serve.api.tools.deltas import CallDelta
 from qtool.serve.backend.engine_client import OutputStream
 from qtool.serve.service import Service
+from qtool.serve.turns import name_request
 
 
 async def chat(service: Service, body: ChatRequest) -> Response:
     """Answer ``body``. Raises: UsageError, ModelNotFound, Busy."""
-    return await run_chat(service, body, _ChatReply, rid=body.rid or service.new_id("chatcmpl"))
+    rid = name_request(body.rid or service.new_id("chatcmpl"))
+    return await run_chat(service, body, _ChatReply, rid=rid)
 
 
 class _ChatReply(Reply):

@@ -39,13 +39,14 @@ from qtool.serve.backend.engine_client import OutputStream
 from qtool.serve.backend.messages import Submission
 from qtool.serve.prompts.vocabulary import Offsets
 from qtool.serve.service import Service
-from qtool.serve.turns import current_origin
+from qtool.serve.turns import current_origin, name_request
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
 
 
 async def complete(service: Service, body: CompletionRequest) -> Response:
     """Answer ``body``. Raises: UsageError, ModelNotFound, Busy."""
+    rid = name_request(body.rid or service.new_id("cmpl"))
     account = Account("completion", service.metrics, streamed=bool(body.stream))
     service.check_model(body.model)
     _check_options(body)
@@ -72,7 +73,7 @@ async def complete(service: Service, body: CompletionRequest) -> Response:
             tokens,
             params,
             stream=bool(body.stream),
-            rid=body.rid or service.new_id("cmpl"),
+            rid=rid,
             top_logprobs=0 if by_likelihood and body.logprobs is None else body.logprobs,
             prompt_logprobs_from=0 if body.echo and body.logprobs is not None else -1,
             grammar=await service.compiled(params),

@@ -24,7 +24,7 @@ from qtool.serve.api.schemas import Generation, GenerationChunk, GenerationFacts
 from qtool.serve.backend.engine_client import OutputStream
 from qtool.serve.backend.messages import Submission
 from qtool.serve.service import Service
-from qtool.serve.turns import current_origin
+from qtool.serve.turns import current_origin, name_request
 
 
 async def generate(service: Service, body: GenerateRequest) -> Response:
@@ -33,6 +33,8 @@ async def generate(service: Service, body: GenerateRequest) -> Response:
     given = _given_prompt(body)
     prompts = as_prompts(given)
     each = _options(body, len(prompts))
+    rids = [options.rid or service.new_id("gen") for options in each]
+    name_request(rids[0])
     params = await service.threads.run(
         current_origin().body_bytes, _all_params, service, [one.sampling for one in each]
     )
@@ -45,12 +47,12 @@ async def generate(service: Service, body: GenerateRequest) -> Response:
                 group,
                 its,
                 stream=bool(body.stream),
-                rid=options.rid or service.new_id("gen"),
+                rid=rid,
                 top_logprobs=options.top_logprobs,
                 prompt_logprobs_from=options.prompt_logprobs_from,
                 grammar=await service.compiled(its),
             )
-            for group, its, options in zip(groups, params, each, strict=True)
+            for group, its, options, rid in zip(groups, params, each, rids, strict=True)
         ]
         account.expect(tokens)
         reply = _GenerationReply(

@@ -7,6 +7,8 @@ from collections.abc import Collection
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
+from qtool.serve.http.limits import REQUEST_ID_HEADERS
+
 
 def allow_origins(app: ASGIApp, origins: Collection[str]) -> ASGIApp:
     """Return ``app`` with answers to the preflights of pages from ``origins``, or from everywhere
@@ -22,5 +24,5 @@ def allow_origins(app: ASGIApp, origins: Collection[str]) -> ASGIApp:
         allow_methods=("GET", "HEAD", "POST"),
         allow_headers=("*",),
         allow_private_network=True,
-        expose_headers=("retry-after", "x-request-id", "request-id"),
+        expose_headers=("retry-after", *REQUEST_ID_HEADERS),
     )

@@ -13,6 +13,7 @@ from qtool.sandbox import TooManyWaiting
 from qtool.serve.api.schemas import ErrorDetail
 from qtool.serve.metrics import Metrics
 from qtool.serve.service import Busy, ModelNotFound
+from qtool.serve.turns import current_origin
 
 LOG = logging.getLogger("qtool.serve")
 MAX_LOGGED = 200  # characters of a path
@@ -114,12 +115,13 @@ def note_refusal(metrics: Metrics, scope: Scope, status: int, detail: ErrorDetai
     level = logging.DEBUG if scope["path"] == "/health" else logging.INFO
     LOG.log(
         level,
-        "refused: %s %s: %d %s%s",
+        "refused: %s %s: %d %s%s, request %s",
         scope["method"],
         scope["path"][:MAX_LOGGED],
         status,
         code,
         f", param {detail.param}" if FIELD.fullmatch(detail.param or "") else "",
+        current_origin().request_id,
     )
 
 

@@ -14,6 +14,7 @@ from ipaddress import ip_address
 from typing import cast
 from urllib.parse import urlsplit
 
+from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from qtool.sandbox import TooManyWaiting
@@ -23,6 +24,7 @@ from qtool.serve.http.json_body import outside_strings
 from qtool.serve.settings import CLIENT_SHARE, RETRY_AFTER_S
 from qtool.serve.turns import Origin, client_at, set_origin
 
+REQUEST_ID_HEADERS = ("x-request-id", "request-id")  # OpenAI's, and Anthropic's
 OPEN_PATHS = frozenset({"/", "/health", "/metrics", "/version"})  # without a key
 
 
@@ -84,6 +86,8 @@ class LimitsMiddleware:
         assert scope["type"] == "http"
         headers = dict(scope["headers"])
         client = client_at((scope["client"] or ("",))[0])
+        origin = Origin(client)
+        set_origin(origin)
         if scope["method"] == "HEAD":  # uvicorn leaves out the body
             scope = {**scope, "method": "GET"}
         chunks: list[bytes] = []
@@ -93,6 +97,10 @@ class LimitsMiddleware:
         async def answer(message: Message) -> None:
             nonlocal answering
             answering = True
+            if message["type"] == "http.response.start":
+                answer_headers = MutableHeaders(scope=message)
+                for name in REQUEST_ID_HEADERS:
+                    answer_headers[name] = origin.request_id
             await send(message)
 
         try:
@@ -101,7 +109,7 @@ class LimitsMiddleware:
                 return
             complete = True
             body = b"".join(chunks)
-            set_origin(Origin(client, len(body)))
+            origin.body_bytes = len(body)
             await self._check_body(scope["method"], headers, body)
             given = [cast(Message, {"type": "http.request", "body": body, "more_body": False})]
 
@@ -111,14 +119,14 @@ class LimitsMiddleware:
             await self._app(scope, replay, answer)
         except TooManyWaiting:
             await self._refuse(
-                Refused("busy", "too many bodies wait to be read"), scope, None, send
+                Refused("busy", "too many bodies wait to be read"), scope, None, answer
             )
         except Refused as error:
             self._release(client, chunks)
-            await self._refuse(error, scope, None if complete else receive, send)
+            await self._refuse(error, scope, None if complete else receive, answer)
         except asyncio.CancelledError:  # the time to drain is over
             if not answering:
-                await self._refuse(Refused("draining", "the server is ending"), scope, None, send)
+                await self._refuse(Refused("draining", "the server is ending"), scope, None, answer)
         finally:
             self._release(client, chunks)
 

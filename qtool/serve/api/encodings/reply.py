@@ -44,6 +44,7 @@ from qtool.serve.api.replies import Account, log_request
 from qtool.serve.backend.messages import Submission
 from qtool.serve.prompts.pairs import check_characters
 from qtool.serve.service import Service
+from qtool.serve.turns import name_request
 
 WINDOW = 128  # prompts of a request that the engine has at a time
 NUMBER_BYTES = 20  # of a number in JSON
@@ -56,7 +57,7 @@ class _Run:
     def __init__(self, service: Service, kind: str, rid: str | None) -> None:
         self._service = service
         self._account = Account(kind, service.metrics, streamed=False)
-        self.id = rid or service.new_id(kind)
+        self.id = name_request(rid or service.new_id(kind))
         self.created = int(time.time())
 
     async def vectors(

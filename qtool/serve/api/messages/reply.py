@@ -46,7 +46,7 @@ from qtool.serve.api.tools.deltas import CallDelta, Delta
 from qtool.serve.backend.engine_client import OutputStream
 from qtool.serve.http.errors import ANTHROPIC_PATH, error_body, error_detail, status_of
 from qtool.serve.service import Service
-from qtool.serve.turns import current_origin
+from qtool.serve.turns import current_origin, name_request
 
 INVALID_INPUT = "INVALID_JSON"
 """The key of an input that is not a JSON object, as Anthropic proposes."""
@@ -54,7 +54,7 @@ INVALID_INPUT = "INVALID_JSON"
 
 async def answer_message(service: Service, body: MessagesRequest) -> Response:
     """Answer ``body``. Raises: UsageError, ModelNotFound, Busy."""
-    rid = service.new_id("msg")
+    rid = name_request(service.new_id("msg"))
     chat = await service.threads.run(
         current_origin().body_bytes, chat_request, body, rid, service.templates.text
     )

@@ -38,7 +38,7 @@ from qtool.serve.api.schemas import TokenLogprob
 from qtool.serve.backend.engine_client import OutputStream
 from qtool.serve.http.errors import error_detail
 from qtool.serve.service import Service
-from qtool.serve.turns import current_origin
+from qtool.serve.turns import current_origin, name_request
 
 FAILURES = {"rate_limit_error": "rate_limit_exceeded", "server_error": "server_error"}
 """OpenAI's types of errors -> codes of failed responses; others keep their own."""
@@ -46,7 +46,7 @@ FAILURES = {"rate_limit_error": "rate_limit_exceeded", "server_error": "server_e
 
 async def respond(service: Service, body: ResponsesRequest) -> Response:
     """Answer ``body``. Raises: UsageError, ModelNotFound, Busy."""
-    rid = body.request_id or service.new_id("resp")
+    rid = name_request(body.request_id or service.new_id("resp"))
     translation, begun = await service.threads.run(
         current_origin().body_bytes, _prepare, service, body, rid
     )
