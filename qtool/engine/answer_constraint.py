@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
+from qtool.engine.detokenizer import HALF
 from qtool.engine.grammar import Constraint, token_mask
 from qtool.engine.thoughts import Thoughts
 
@@ -96,6 +97,9 @@ class AnswerConstraint:
         return self._started > 0 or len(self._start_ids) == 1 or not allowed
 
     def _may_end(self, token: int) -> bool:
-        name = self._tokenizer.id_to_token(token)
-        # names spell other characters in bytes
-        return not self._last.isascii() or name is None or self._last in name
+        """Whether the thoughts may end when ``token`` comes: its text has the last character of the
+        marker, or bytes that hold this back or let it go.
+        """
+        # twice, since some tokenizers drop a space in front
+        text: str = self._tokenizer.decode([token, token], skip_special_tokens=False)
+        return self._last in text or HALF in text

@@ -379,10 +379,11 @@ def _keep_drafts(drafts: Tensor, gained: Sequence[Gain]) -> None:
 
 
 def _count_drafts(meter: SpecMeter, gained: Sequence[Gain]) -> None:
-    """Count the steps of sequences that decode."""
+    """Count the steps of sequences that decode; the last token of a prompt may have drafts, too."""
     for chunk, tokens in gained:
         sequence = chunk.sequence
-        if sequence.state != "finished" and chunk.start >= len(sequence.prompt):
+        decodes = bool(chunk.drafts) or chunk.start >= len(sequence.prompt)
+        if sequence.state != "finished" and decodes:
             proposed, correct = len(chunk.drafts), len(tokens) - 1
             meter.note(proposed, correct)
             counts = _request(sequence).spec

@@ -277,6 +277,15 @@ def test_a_grammar_holds_what_follows_the_thoughts():
     assert (text.finish(), text.thoughts.tokens) == ("a b = ##QZ", len(thoughts) + 1)
 
 
+@pytest.mark.parametrize("end", ["##", "#漢"])
+def test_drafts_stop_where_thoughts_may_end(end):
+    constraint, _ = answer_constraint_of(None, end, regex="QZ")
+    letter, (*half, last) = TOKENIZER.token_to_id("Q"), TOKENIZER.encode("漢").ids
+    assert half  # a token for each byte: text that comes with the first is held till the last
+    for token in (TOKENIZER.encode(end[-1]).ids[0], half[0], last):
+        assert constraint.masks_along([letter, letter, token, letter]) == [None] * 3
+
+
 def test_a_text_may_begin_with_thoughts_or_with_the_answer():
     q, z = TOKENIZER.token_to_id("Q"), TOKENIZER.token_to_id("Z")
     marker = TOKENIZER.encode("def f").ids

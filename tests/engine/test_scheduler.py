@@ -121,13 +121,15 @@ class Device:
         return sampled
 
     def advance_states(self, step: Step, bad: SequenceState | None, *, broken: bool) -> None:
-        """States take the tokens of ``step``; who reads a BAD one writes BAD."""
+        """States take the tokens of ``step``, drafts too, of which the next step drops the wrong
+        ones; who reads a BAD one writes BAD.
+        """
         for chunk in step.chunks:
             row, sequence = chunk.sequence.row, chunk.sequence
             before = self.states.get(row, ()) if chunk.start else ()
             tokens = tuple(self.ahead(chunk))
             is_bad = broken or sequence is bad or before is BAD
-            assert is_bad or not self.has_states or before == tokens[: chunk.start]
+            assert is_bad or not self.has_states or before[: chunk.start] == tokens[: chunk.start]
             self.states[row] = BAD if is_bad else tokens
             if is_bad and self.has_states:
                 self.touched.add(sequence)
@@ -168,6 +170,7 @@ class Loop:
         context_length: int = 200,
         *,
         drafts: bool = False,
+        lookahead: int = 0,
         snapshots: int | None = None,
     ) -> None:
         self.scheduler = Scheduler(
@@ -176,6 +179,7 @@ class Loop:
             token_budget,
             context_length,
             draft if drafts else None,
+            lookahead,
             snapshots=None if snapshots is None else StateSnapshots(snapshots),
         )
         self.device = Device(has_states=snapshots is not None)
@@ -402,7 +406,12 @@ class Engine(RuleBasedStateMachine):
         context=st.sampled_from([40, 200]),
         logits=st.sampled_from([3, 20, 256]),
         kind=st.sampled_from(
-            [{}, {"drafts": True}, *({"snapshots": count} for count in (0, 1, 4))]
+            [
+                {},
+                {"drafts": True},
+                *({"snapshots": count} for count in (0, 1, 4)),
+                {"drafts": True, "lookahead": 2, "snapshots": 4},
+            ]
         ),
     )
     def begin(self, pages, max_running, budget, context, logits, kind):

@@ -115,6 +115,13 @@ def test_log_probabilities_and_counts_are_those_of_the_answer(wanted, drafting):
         assert not [name for name in plain if name.startswith("spec")]
 
 
+def test_a_prompt_whose_last_token_has_drafts_is_counted_with_them():
+    with Engine(EXAMPLE, **OPTIONS, **NGRAM, chunked_prefill_size=16) as engine:
+        ids = engine.tokenizer(REPEATED[0]).input_ids[:17]
+        meta = engine.generate(input_ids=ids, sampling_params=GREEDY)["meta_info"]
+    assert meta["spec_verify_ct"] + meta["spec_num_correct_drafts"] == meta["completion_tokens"]
+
+
 def test_the_log_has_the_accept_length(drafting, caplog):
     caplog.set_level("INFO", "qtool.engine")
     drafting.generate(REPEATED[0], GREEDY)
