@@ -51,7 +51,8 @@ SLOW_FIXTURES = {  # whoever uses one of these is slow
 # Runs a file of tests without packages that only transformers imports, which takes a second or two.
 RUN_FILE = """
 import runpy, sys
-sys.modules.update(dict.fromkeys(("scipy", "sklearn", "torchao")))
+from qtool.imports import skip_unused
+skip_unused()
 del sys.argv[0]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """

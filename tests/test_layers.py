@@ -16,6 +16,7 @@ ORDER = (
         "terminal",
         "sizes",
         "memory",
+        "imports",
         "devices",
         "events",
         "scheme",

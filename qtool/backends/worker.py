@@ -52,6 +52,7 @@ from qtool.events import (
     from_line,
     to_line,
 )
+from qtool.imports import skip_unused
 from qtool.memory import no_collection
 from qtool.plan import Plan, make_plan
 from qtool.recipe import recipe_from
@@ -257,9 +258,7 @@ def main(write_fd: int) -> None:
     if data["calibration"] is not None:
         data["calibration"] = CalibrationSpec(**data["calibration"])
     job = Job(**data)
-    # only transformers would import them, which takes seconds; ModelOpt needs scipy
-    unused = ("sklearn",) if job.recipe["backend"] == "modelopt" else ("scipy", "sklearn")
-    sys.modules.update(dict.fromkeys(unused))  # type: ignore[arg-type]
+    skip_unused(str(job.recipe["backend"]))
     try:
         threading.Thread(target=_end_with_stdin, daemon=True).start()
         _run(job, report)

@@ -63,7 +63,7 @@ def start(library: str, folder: Path) -> subprocess.Popen[bytes]:
         return subprocess.Popen(
             [sys.executable, "-m", "support.samples", library, EXAMPLE, folder],
             cwd=folder,
-            env={**os.environ, "PYTHONPATH": str(TESTS)},
+            env={**os.environ, "PYTHONPATH": f"{TESTS}{os.pathsep}{TESTS.parent}"},
             stdout=log,
             stderr=subprocess.STDOUT,
         )

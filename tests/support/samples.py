@@ -17,6 +17,7 @@ import os
 import sys
 from pathlib import Path
 
+from qtool.imports import skip_unused
 from qtool.memory import no_collection
 from support import EXAMPLE
 
@@ -297,10 +298,7 @@ if __name__ == "__main__":
         "gptq": (make_gptq, "gptqmodel"),
         "modelopt": (make_modelopt, "modelopt.torch.quantization"),
     }[sys.argv[1]]
-    # only transformers would import them; ModelOpt needs scipy
-    sys.modules.update(
-        dict.fromkeys(("sklearn",) if sys.argv[1] == "modelopt" else ("scipy", "sklearn"))
-    )
+    skip_unused(library.partition(".")[0])
     with no_collection(keep=True):  # GPTQModel collects 14 times, and modules are many objects
         importlib.import_module(library)
     make(Path(sys.argv[2]), Path(sys.argv[3]))

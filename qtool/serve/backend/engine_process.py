@@ -21,6 +21,7 @@ from qtool.checkpoint.temporary import remove_temporary_folders
 from qtool.engine.config import EngineConfig
 from qtool.engine.outputs import CompletionOutput, Output
 from qtool.errors import QtoolError, ResourceError, one_line
+from qtool.imports import skip_unused
 from qtool.memory import memory_error, no_collection
 from qtool.serve.backend.messages import (
     LENGTH,
@@ -328,9 +329,7 @@ def main(descriptor: int) -> None:
     _log_to_stderr()
     logging.getLogger("qtool").setLevel(start.log_level)
     logging.captureWarnings(True)
-    # transformers imports them where they are installed, for metrics, losses and quantizers of its
-    # own, which takes a third of the start
-    sys.modules.update(dict.fromkeys(("scipy", "sklearn", "torchao")))  # type: ignore[arg-type]
+    skip_unused()
     try:
         _redirect_transformers_log()
         with no_collection(keep=True):
