@@ -161,7 +161,7 @@ def prefill_expanded(
             return
     tile = tile or triton_paged.prefill_tile(max(key, value), q.element_size())
     values = expanded_kv[:, key:]
-    triton_paged._prefill[(triton.cdiv(packed.longest, tile.rows), heads, expanded.chunks)](
+    triton_paged.prefill_kernel[(triton.cdiv(packed.longest, tile.rows), heads, expanded.chunks)](
         q=q,
         q_rope=q_rope,
         k_pages=expanded_kv,

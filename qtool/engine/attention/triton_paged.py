@@ -234,7 +234,8 @@ def prefill(
     tile = tile or prefill_tile(max(head_dim, v_head_dim), q.element_size())
     shared = q.shape[1] // kv_heads
     rows = max(tile.rows, triton.next_power_of_2(shared))
-    _prefill[(triton.cdiv(packed.longest, rows // shared), kv_heads, packed.starts.numel() - 1)](
+    grid = (triton.cdiv(packed.longest, rows // shared), kv_heads, packed.starts.numel() - 1)
+    prefill_kernel[grid](
         q_rope=None,
         k_rope=None,
         contexts=None,
@@ -691,7 +692,7 @@ def _decode(  # type: ignore[no-untyped-def]
 
 
 @triton.jit(**ANY_VALUE)
-def _prefill(  # type: ignore[no-untyped-def]
+def prefill_kernel(  # type: ignore[no-untyped-def]
     q,
     q_rope,
     k_pages,
@@ -734,8 +735,9 @@ def _prefill(  # type: ignore[no-untyped-def]
     STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Keys and values are in pages; with ``contexts`` they lie in the order of their tokens, and
-    those of each chunk begin there, see `triton_latent.prefill_expanded`.
+    """Fill ``out`` for the tokens of chunks: the kernel of `prefill`, where keys and values are in
+    pages, and of `triton_latent.prefill_expanded`, where they lie in the order of their tokens and
+    those of each chunk begin at its ``contexts``.
     """
     TOKENS: tl.constexpr = ROWS // SHARED
     start_early(PDL)
