@@ -7,7 +7,7 @@ bits, the function before it rounds to them. A layer does not add its last outpu
 but returns a `Sum`, for the norm of the next one to add.
 
 Room for another kind: where a layer has norms is a line of `LAYOUTS`, what a norm computes a
-`norms.NormKind`, how queries and keys rotate one of `fused_attention.Angles`. `fusion` compares
+`norm_kind.NormKind`, how queries and keys rotate one of `fused_attention.Angles`. `fusion` compares
 each layer with transformers' own, so that a name that stands for something else does no harm.
 """
 

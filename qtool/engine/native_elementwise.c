@@ -13,7 +13,7 @@ enum { PAGE = 16, SERIAL = 1 << 15 };  // SERIAL: up to so many numbers one thre
 typedef struct {
     float eps;
     int32_t plus_one, late, centered;
-} kind;  // `norms.NormKind`
+} kind;  // `norm_kind.NormKind`
 
 INLINE __m512 rounded(__m512 x) { return wide(narrow(x)); }
 

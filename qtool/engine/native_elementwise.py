@@ -13,12 +13,11 @@ import torch
 from torch import Tensor
 
 from qtool.engine.attention.pages import KVPages, Packed
+from qtool.engine.norm_kind import NormKind
 from qtool.runtime.c_library import BASE_FLAGS, fields, load_library, openmp
 
 SOURCE = Path(__file__).with_suffix(".c")
 Weights = tuple[Tensor, Tensor | None]  # weight and bias of a norm
-NormKind = tuple[float, bool, bool, bool]  # the fields of `norms.NormKind`
-NO_KIND: NormKind = (0.0, False, False, False)
 
 
 def applies(*tensors: Tensor | None) -> bool:
@@ -66,8 +65,8 @@ def add_norm(
             *map(_address, (x, residual, other, after_weight, after_bias, weight, bias)),
             total.data_ptr(),
             out.data_ptr(),
-            Kind(*(after_kind or NO_KIND)),
-            Kind(*(kind or NO_KIND)),
+            Kind(*(after_kind or NormKind(0.0))),
+            Kind(*(kind or NormKind(0.0))),
             factor,
         )
     )
@@ -130,7 +129,7 @@ def rotate_and_write(
     library, (_, kv_heads, _, width) = _library(), kv.k.shape
     tokens, size, address = qkv.shape[0], qkv.element_size(), qkv.data_ptr()
     out = qkv.new_empty(tokens, heads, width)
-    q_norm, k_norm, kind = norms or (None, None, NO_KIND)
+    q_norm, k_norm, kind = norms or (None, None, NormKind(0.0))
     cos, sin = angles or (None, None)
     library.rotate_and_write(
         Rotate(

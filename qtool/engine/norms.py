@@ -5,12 +5,13 @@ launch (`add_norm`); and how what replaces a part of a model is compared with it
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, TypeGuard
+from typing import Literal, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
 from qtool.engine import native_elementwise
+from qtool.engine.norm_kind import NormKind
 from qtool.runtime.kernels import current
 from qtool.runtime.kernels.scaled_mm import rounded_rows
 from qtool.runtime.linear import QuantizedLinear
@@ -68,19 +69,6 @@ class Sum:
         if self.residual is None:
             return x
         return (self.residual if self.other is None else self.residual + self.other) + x
-
-
-class NormKind(NamedTuple):
-    """All of a norm but its weights."""
-
-    eps: float
-    """What is added to the mean of squares."""
-    plus_one: bool = False
-    """Whether the weight is what is added to 1, as Gemma has it."""
-    late: bool = False
-    """Whether to round only after the product with the weight, not before as well."""
-    centered: bool = False
-    """Whether the mean is subtracted first: a LayerNorm, otherwise an RMSNorm."""
 
 
 class Norm(nn.Module):

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from qtool.engine import decoder_layers as fused
 from qtool.engine import elementwise, fused_attention
 from qtool.engine.attention.pages import PAGE, KVPages, Packed
-from qtool.engine.norms import Norm, NormKind, Sum, add_norm
+from qtool.engine.norm_kind import NormKind
+from qtool.engine.norms import Norm, Sum, add_norm
 from qtool.runtime.triton import row_quantize
 
 HIDDEN, INNER, HEADS, KV_HEADS, HEAD_DIM = 4096, 14336, 32, 8, 128

@@ -22,7 +22,8 @@ from qtool.engine.attention.interface import recording, running
 from qtool.engine.attention.pages import PAGE, KVPages, Packed
 from qtool.engine.fusion import fuse
 from qtool.engine.latent_attention import keep_latents
-from qtool.engine.norms import Norm, NormKind, Sum, add_norm
+from qtool.engine.norm_kind import NormKind
+from qtool.engine.norms import Norm, Sum, add_norm
 from qtool.runtime.experts.grouped import GroupedExperts
 
 pytest_plugins = ["support.sample_plugin"]

@@ -16,7 +16,8 @@ import torch
 from qtool.engine.attention.pages import PAGE, KVPages, Packed
 from qtool.engine.fused_attention import Rotary
 from qtool.engine.fused_latents import rotate_and_write
-from qtool.engine.norms import Norm, NormKind
+from qtool.engine.norm_kind import NormKind
+from qtool.engine.norms import Norm
 
 BF16, F32, FP8 = torch.bfloat16, torch.float32, torch.float8_e4m3fn
 CASES = [  # heads, key width, rank, rotary part, dtype, of pages, angles

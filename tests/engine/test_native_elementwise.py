@@ -11,7 +11,8 @@ from qtool.engine import native_elementwise
 from qtool.engine.attention.pages import PAGE, KVPages, Packed
 from qtool.engine.decoder_layers import gated
 from qtool.engine.fused_attention import Rotary, rotate_and_write
-from qtool.engine.norms import KINDS, Norm, NormKind, Sum, add_norm
+from qtool.engine.norm_kind import NormKind
+from qtool.engine.norms import KINDS, Norm, Sum, add_norm
 
 pytestmark = pytest.mark.skipif(
     isinstance(native_elementwise.elementwise_library(), str),
