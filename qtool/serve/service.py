@@ -40,7 +40,6 @@ WARM_UP_TOKENS = 2
 MAX_LOGPROBS = 1 << 17
 MAX_LOGPROBS_HELD = 1 << 24
 
-
 ServedTask = Literal["generate", "embed", "score", "labels"]
 SERVED: Mapping[ServedTask, str] = {
     "generate": "generates text",
@@ -265,6 +264,8 @@ class Service:
         for submission, most in zip(submissions, max_tokens, strict=True):
             self.check_prompts(submission.prompts, most or 1)
             submission.params.check_vocabulary(self.info.vocab_size)
+        context = self.info.context_length
+        submissions = [one.within_logprobs(MAX_LOGPROBS, context) for one in submissions]
         self._hold_logprobs(slot, submissions)
         slot.stream = self.engine.submit(*submissions)
         return slot.stream
@@ -278,9 +279,9 @@ class Service:
         kind, text = params.constraint
         return kind, text, await self.grammars.compiled(kind, text)
 
-    def new_id(self, kind: str) -> str:
-        """Return a name for a request, such as ``chatcmpl-0123...``."""
-        return f"{kind}-{uuid.uuid4().hex}"
+    def new_id(self, prefix: str) -> str:
+        """Return a name for a request: ``prefix``, such as ``chatcmpl-``, and digits."""
+        return f"{prefix}{uuid.uuid4().hex}"
 
     def check_model(self, name: str | None) -> None:
         """Raise: ModelNotFound, when ``name`` is not the served model, which was given a name;
@@ -357,7 +358,7 @@ class Service:
         prompt = [self.info.eos_ids[0] if self.info.eos_ids else 0]
         params = SamplingParams(max_new_tokens=WARM_UP_TOKENS, temperature=0.0, ignore_eos=True)
         stream = self.engine.submit(
-            Submission([prompt], params, stream=False, rid=self.new_id("warm-up"))
+            Submission([prompt], params, stream=False, rid=self.new_id("warm-up-"))
         )
         try:
             await stream.collect()

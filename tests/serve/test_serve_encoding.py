@@ -88,6 +88,7 @@ def test_openais_client_gets_embeddings(embedding):
         assert refused.value.code == "task"
     assert one.data[0].embedding == pytest.approx(vector(TEXTS[0]), abs=1e-5)
     assert one.usage.prompt_tokens == one.usage.total_tokens > 0
+    assert one.usage.completion_tokens == 0
     for text, found in zip(TEXTS, many.data, strict=True):
         assert found.embedding == pytest.approx(vector(text), abs=1e-5)
     assert tokens.data[0].embedding == pytest.approx(vector([5, 6, 7]), abs=1e-5)

@@ -120,6 +120,7 @@ def test_text_is_the_same_whole_and_streamed(ask):
 def test_an_answer_says_why_it_ended(ask, reason, options, expected):
     message = alike(ask("Hello", reason, **options))
     assert (message.stop_reason, message.stop_sequence) == expected
+    assert message.id.startswith("msg_")
 
 
 def test_thoughts_are_a_block_that_keeps_its_signature_and_returns_to_the_template(ask, server):

@@ -329,6 +329,8 @@ def test_messages_become_tokens(engine, post):
     assert post("/tokenize", messages=messages)["tokens"] == wanted
     without = post("/tokenize", messages=messages, add_generation_prompt=False)["tokens"]
     assert without == wanted[: len(without)] and len(without) < len(wanted)
+    assert post("/v1/tokenize", messages=messages)["tokens"] == wanted
+    assert post("/v1/detokenize", tokens=wanted) == post("/detokenize", tokens=wanted)
 
 
 @pytest.mark.parametrize(
@@ -358,6 +360,7 @@ def test_the_cache_is_flushed(http, post):
     assert http.post("/flush_cache").status_code == http.get("/flush_cache").status_code == 200
     again = post("/generate", **prompt)["meta_info"]["cached_tokens"]
     assert cached[1] > 0 == again
+    assert cached[1] % http.get("/server_info").json()["page_size"] == 0
 
 
 @pytest.mark.parametrize("name", ["server_info", "model_info"])

@@ -23,12 +23,14 @@ from qtool.serve.api.protocol import ChatRequest, CompletionRequest
 from qtool.serve.api.replies import prompt_offsets
 from qtool.serve.api.validation import describe_invalid_body
 from qtool.serve.prompts.vocabulary import Vocabulary
+from qtool.serve.service import MAX_LOGPROBS
 from qtool.serve.settings import ServeSettings
 from qtool.serve.threads import Threads
 
 pytestmark = pytest.mark.xdist_group("serve")  # one server for all
 ASKED = [{"role": "user", "content": "Hello"}]
 END = "0"  # the model's end token
+UNENDED = {"ignore_eos": True}
 WEATHER = {
     "type": "function",
     "function": {
@@ -269,6 +271,7 @@ def test_each_chunk_counts_the_tokens_so_far_if_asked(ask, tokens_of):
     *told, last = ask(temperature=0, n=2, stream=True, stream_options=options)
     counts = [chunk.usage.completion_tokens for chunk in told]
     assert counts == sorted(counts) and counts[-1] == last.usage.completion_tokens == 32
+    assert counts[0] == 0  # the role comes before the first token
     assert {chunk.usage.prompt_tokens for chunk in told} == {len(tokens_of(ASKED))}
 
 
@@ -331,6 +334,16 @@ def test_log_probabilities_are_the_engines(served, ask, tokens_of):
     ]
     assert [(one.token, one.bytes) for one in streamed] == [(one.token, one.bytes) for one in told]
     assert ask(logprobs=True, temperature=0).choices[0].logprobs.content[0].top_logprobs == []
+
+
+def test_log_probabilities_need_no_max_tokens(ask):
+    n = 64  # so many that the context has more log probabilities than a request may have
+    answer = ask(max_tokens=None, n=n, logprobs=True, top_logprobs=20, extra_body=UNENDED)
+    limit = MAX_LOGPROBS // (n * 21)
+    assert answer.usage.completion_tokens == n * limit < n * 2048
+    assert {choice.finish_reason for choice in answer.choices} == {"length"}
+    with pytest.raises(openai.BadRequestError, match="log probabilities"):
+        ask(max_tokens=limit + 1, n=n, logprobs=True, top_logprobs=20)
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -737,6 +750,17 @@ def test_options_reach_the_template(other_client):
     )
     with pytest.raises(openai.BadRequestError, match="messages"):
         size(extra_body={"chat_template_kwargs": {"messages": []}})
+
+
+@pytest.mark.parametrize(
+    "choice", ["none", "auto", {"type": "function", "function": {"name": "clock"}}]
+)
+def test_tokens_of_a_chat_are_those_of_its_prompt(other, other_client, choice):
+    chat = {"messages": ASKED, "tools": TOOLS, "tool_choice": choice}
+    asked = {"model": "org/tiny", "max_tokens": 1, **chat}
+    headers = {"authorization": "Bearer secret"}
+    counted = httpx.post(f"{other.url}/tokenize", json=chat, headers=headers).json()["count"]
+    assert counted == other_client.chat.completions.create(**asked).usage.prompt_tokens
 
 
 # Completions

@@ -136,6 +136,7 @@ async def application(
         context_length=context_length,
         max_running=1024,
         max_total_tokens=1 << 20,
+        page_size=16,
         device="cpu",
         dtype="float32",
         quantization="",

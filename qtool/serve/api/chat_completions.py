@@ -36,7 +36,7 @@ from qtool.serve.turns import name_request
 
 async def chat(service: Service, body: ChatRequest) -> Response:
     """Answer ``body``. Raises: UsageError, ModelNotFound, Busy."""
-    rid = name_request(body.rid or service.new_id("chatcmpl"))
+    rid = name_request(body.rid or service.new_id("chatcmpl-"))
     return await run_chat(service, body, _ChatReply, rid=rid)
 
 
@@ -80,6 +80,10 @@ class _ChatReply(Reply):
         async for outputs in stream:
             events = []
             for output in outputs:
+                if output.index not in self._readers:
+                    self._readers[output.index] = AnswerReader(self._form)
+                    role = Delta(role="assistant", content="")
+                    events.append(event(self._chunk(_chunk_choice(output.index, role))))
                 self._account.note(output, each)
                 events += [event(self._chunk(choice)) for choice in self._chunk_choices(output)]
             if events:
@@ -120,11 +124,8 @@ class _ChatReply(Reply):
         )
 
     def _chunk_choices(self, output: CompletionOutput) -> Iterator[ChatChunkChoice]:
-        """Yield what ``output`` adds to its choice: a role, deltas, the reason for its end."""
+        """Yield what ``output`` adds to its choice: deltas, the reason for its end."""
         index = output.index
-        if index not in self._readers:
-            self._readers[index] = AnswerReader(self._form)
-            yield _chunk_choice(index, Delta(role="assistant", content=""))
         reader = self._readers[index]
         for number, delta in enumerate(self._deltas(output, reader)):
             logprobs = self._logprobs(output) if number == 0 else None

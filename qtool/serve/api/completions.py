@@ -46,7 +46,7 @@ DEFAULT_MAX_TOKENS = 16  # OpenAI's
 
 async def complete(service: Service, body: CompletionRequest) -> Response:
     """Answer ``body``. Raises: UsageError, ModelNotFound, Busy."""
-    rid = name_request(body.rid or service.new_id("cmpl"))
+    rid = name_request(body.rid or service.new_id("cmpl-"))
     account = Account("completion", service.metrics, streamed=bool(body.stream))
     service.check_model(body.model)
     _check_options(body)

@@ -33,7 +33,7 @@ async def generate(service: Service, body: GenerateRequest) -> Response:
     given = _given_prompt(body)
     prompts = as_prompts(given)
     each = _options(body, len(prompts))
-    rids = [options.rid or service.new_id("gen") for options in each]
+    rids = [options.rid or service.new_id("gen-") for options in each]
     name_request(rids[0])
     params = await service.threads.run(
         current_origin().body_bytes, _all_params, service, [one.sampling for one in each]

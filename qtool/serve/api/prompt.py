@@ -33,15 +33,12 @@ async def render_prompt(
         tools: the tools to show to the model, which may be fewer than those of ``body``.
     Raises: UsageError.
     """
-    documents = None
     kwargs = dict(body.chat_template_kwargs or {})
-    if isinstance(body, ChatRequest):
-        documents = body.documents
-        if body.reasoning_effort is not None:
-            kwargs.setdefault("reasoning_effort", body.reasoning_effort)
-        if body.reasoning_effort == "none":  # the two names that templates have for it
-            kwargs.setdefault("enable_thinking", False)
-            kwargs.setdefault("thinking", False)
+    if body.reasoning_effort is not None:
+        kwargs.setdefault("reasoning_effort", body.reasoning_effort)
+    if body.reasoning_effort == "none":  # the two names that templates have for it
+        kwargs.setdefault("enable_thinking", False)
+        kwargs.setdefault("thinking", False)
     continued = bool(body.continue_final_message)
     generate = body.add_generation_prompt
     messages, shown_tools = await service.threads.run(
@@ -50,7 +47,7 @@ async def render_prompt(
     text = await service.templates.render(
         messages,
         tools=shown_tools or None,
-        documents=documents,
+        documents=body.documents,
         add_generation_prompt=not continued if generate is None else generate,
         continue_final_message=continued,
         kwargs=kwargs,

@@ -243,7 +243,19 @@ class AllowedTools(Part):
     allowed_tools: Allowed
 
 
-class ChatRequest(OpenAISamplingFields):
+class TemplateFields(Body):
+    """What a chat template makes a prompt of, besides messages."""
+
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | AllowedTools | None = None
+    documents: Annotated[list[Json], Field(max_length=MAX_PARTS, fail_fast=True)] | None = None
+    reasoning_effort: str | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: Json | None = None
+
+
+class ChatRequest(TemplateFields, OpenAISamplingFields):
     """``POST /v1/chat/completions``."""
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
@@ -251,14 +263,7 @@ class ChatRequest(OpenAISamplingFields):
     max_completion_tokens: MaxTokens | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[Whole, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
-    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | AllowedTools | None = None
     parallel_tool_calls: bool | None = None
-    add_generation_prompt: bool | None = None
-    continue_final_message: bool | None = None
-    documents: Annotated[list[Json], Field(max_length=MAX_PARTS, fail_fast=True)] | None = None
-    chat_template_kwargs: Json | None = None
-    reasoning_effort: str | None = None
     separate_reasoning: bool | None = None
     """Whether thoughts are told from content (SGLang's); they are without it."""
     stream_reasoning: bool | None = None
@@ -328,7 +333,7 @@ class AbortRequest(Body):
     """Whether all requests are aborted."""
 
 
-class TokenizeRequest(Body):
+class TokenizeRequest(TemplateFields):
     """``POST /tokenize``: a ``prompt``, or ``messages`` for the chat template."""
 
     model: ModelName | None = None
@@ -341,14 +346,10 @@ class TokenizeRequest(Body):
         Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
         | None
     ) = None
-    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
     return_token_strs: bool | None = None
     """Whether the names of the tokens are returned."""
 
     add_special_tokens: bool | None = None
-    add_generation_prompt: bool | None = None
-    continue_final_message: bool | None = None
-    chat_template_kwargs: Json | None = None
 
 
 class DetokenizeRequest(Body):

@@ -367,6 +367,7 @@ class ServerInfo(Info):
     version: str
     status: str
     max_total_num_tokens: int
+    page_size: int
     internal_states: list[Json]
 
 

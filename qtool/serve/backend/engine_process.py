@@ -258,6 +258,7 @@ def _engine_info(engine: Engine) -> EngineInfo:
         context_length=engine.context_length,
         max_running=runner.limits.max_running,
         max_total_tokens=runner.page_count * PAGE,
+        page_size=PAGE,
         device=_device_name(runner.device),
         dtype=str(runner.model.dtype).removeprefix("torch."),
         quantization=_schemes(model),

@@ -7,8 +7,9 @@ bytes of a client unread.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from struct import Struct as Format
+from typing import Self
 
 import msgspec
 from msgspec import Struct
@@ -55,7 +56,23 @@ class Submission:
             tokens += context_length - len(prompt) if new_tokens is None else new_tokens
             if self.prompt_logprobs_from >= 0:
                 tokens += max(len(prompt) - self.prompt_logprobs_from, 0)
-        return tokens * self.params.n * (1 + self.top_logprobs + len(self.label_token_ids))
+        return tokens * self._logprobs_each
+
+    def within_logprobs(self, most: int, context_length: int) -> Self:
+        """Return this, or where nobody set a limit of new tokens one with a limit that ``most`` log
+        probabilities allow: a request that names no length is not refused for it.
+        """
+        if self.top_logprobs is None or self.params.max_new_tokens is not None:
+            return self
+        limit = most // (len(self.prompts) * self._logprobs_each)
+        if limit >= context_length:
+            return self
+        return replace(self, params=replace(self.params, max_new_tokens=limit))
+
+    @property
+    def _logprobs_each(self) -> int:
+        """How many log probabilities a place of a prompt has, in all its completions."""
+        return self.params.n * (1 + (self.top_logprobs or 0) + len(self.label_token_ids))
 
 
 @dataclass(frozen=True)
@@ -71,6 +88,8 @@ class EngineInfo:
     context_length: int
     max_running: int
     max_total_tokens: int
+    page_size: int
+    """Tokens of a page of the KV cache: prefixes are found in whole pages."""
     device: str
     dtype: str
     quantization: str

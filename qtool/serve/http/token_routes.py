@@ -13,6 +13,7 @@ from qtool.serve.api.fields import as_lists, is_single
 from qtool.serve.api.prompt import render_prompt
 from qtool.serve.api.protocol import DetokenizeRequest, TokenizeRequest
 from qtool.serve.api.schemas import Text, Tokens
+from qtool.serve.api.tools.choice import choose
 from qtool.serve.host import ServiceHost
 from qtool.serve.http.openapi import ERRORS
 from qtool.serve.service import Service
@@ -24,6 +25,7 @@ MAX_CHARACTERS = 1 << 20  # of several prompts in one request
 def add_token_routes(app: FastAPI, host: ServiceHost) -> None:
     """Add the routes that tokenize and detokenize."""
 
+    @app.post("/v1/tokenize", responses={**ERRORS, 200: {"model": Tokens}}, tags=["SGLang"])
     @app.post("/tokenize", responses={**ERRORS, 200: {"model": Tokens}}, tags=["tokens"])
     async def tokenize(body: TokenizeRequest) -> Response:
         """Return the tokens of a prompt, or of messages through the chat template."""
@@ -31,6 +33,7 @@ def add_token_routes(app: FastAPI, host: ServiceHost) -> None:
         service.check_model(body.model)
         return json_reply(await _tokenize(service, body))
 
+    @app.post("/v1/detokenize", responses=ERRORS, tags=["SGLang"])
     @app.post("/detokenize", responses=ERRORS, tags=["tokens"])
     async def detokenize(body: DetokenizeRequest) -> Text:
         """Return the text of tokens, or of several lists of them."""
@@ -56,7 +59,8 @@ async def _tokenize(service: Service, body: TokenizeRequest) -> dict[str, object
     elif body.prompt is not None:
         lists = await _encode_all(service, [body.prompt], body)
     else:
-        _, tokens = await render_prompt(service, body.tools or (), body)
+        tools = choose(body.tools, body.tool_choice).tools
+        _, tokens = await render_prompt(service, tools, body)
         lists = [tokens]
     each: dict[str, Sequence[object]] = {"tokens": lists, "count": [len(one) for one in lists]}
     if body.return_token_strs:

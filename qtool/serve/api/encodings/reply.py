@@ -57,7 +57,7 @@ class _Run:
     def __init__(self, service: Service, kind: str, rid: str | None) -> None:
         self._service = service
         self._account = Account(kind, service.metrics, streamed=False)
-        self.id = name_request(rid or service.new_id(kind))
+        self.id = name_request(rid or service.new_id(f"{kind}-"))
         self.created = int(time.time())
 
     async def vectors(

@@ -12,6 +12,7 @@ class EncodingUsage(Struct):
 
     prompt_tokens: int
     total_tokens: int
+    completion_tokens: int = 0
 
 
 class Embedding(Struct):

@@ -54,7 +54,7 @@ INVALID_INPUT = "INVALID_JSON"
 
 async def answer_message(service: Service, body: MessagesRequest) -> Response:
     """Answer ``body``. Raises: UsageError, ModelNotFound, Busy."""
-    rid = name_request(service.new_id("msg"))
+    rid = name_request(service.new_id("msg_"))
     chat = await service.threads.run(
         current_origin().body_bytes, chat_request, body, rid, service.templates.text
     )
@@ -69,7 +69,7 @@ async def answer_message(service: Service, body: MessagesRequest) -> Response:
 
 async def count_tokens(service: Service, body: MessagesRequest) -> int:
     """Return the tokens of the prompt of ``body``. Raises: UsageError, ModelNotFound."""
-    rid = service.new_id("msg")
+    rid = service.new_id("msg_")
     chat = await service.threads.run(
         current_origin().body_bytes, chat_request, body, rid, service.templates.text
     )

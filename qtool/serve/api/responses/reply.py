@@ -46,7 +46,7 @@ FAILURES = {"rate_limit_error": "rate_limit_exceeded", "server_error": "server_e
 
 async def respond(service: Service, body: ResponsesRequest) -> Response:
     """Answer ``body``. Raises: UsageError, ModelNotFound, Busy."""
-    rid = name_request(body.request_id or service.new_id("resp"))
+    rid = name_request(body.request_id or service.new_id("resp_"))
     translation, begun = await service.threads.run(
         current_origin().body_bytes, _prepare, service, body, rid
     )
@@ -61,7 +61,7 @@ async def respond(service: Service, body: ResponsesRequest) -> Response:
 
 async def count_input_tokens(service: Service, body: ResponsesRequest) -> int:
     """Return the tokens of the prompt of ``body``. Raises: UsageError, ModelNotFound."""
-    rid = service.new_id("resp")
+    rid = service.new_id("resp_")
     translation = await service.threads.run(
         current_origin().body_bytes, translate, body, rid, service.templates.text
     )
