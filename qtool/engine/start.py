@@ -148,7 +148,7 @@ def scales_of(
 
 def open_tokenizer(checkpoint: Checkpoint, path: str | os.PathLike[str] | None) -> PromptTokenizer:
     """Return the tokenizer of ``checkpoint``, or that of ``path``: a folder, a GGUF file or a name
-    on the Hub.
+    on the Hub. It neither truncates nor pads, whatever tokenizer.json says.
 
     Raises: CheckpointRefused E_TOKENIZER.
     """
@@ -171,6 +171,8 @@ def open_tokenizer(checkpoint: Checkpoint, path: str | os.PathLike[str] | None) 
             f"{place} has no tokenizer.json",
             hint="save the tokenizer again with a recent transformers",
         )
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
     return cast(PromptTokenizer, tokenizer)
 
 

@@ -9,7 +9,7 @@ import asyncio
 import numpy as np
 import pytest
 import torch
-from support.encoders import LABELS, classifier, edit_json, embedder, yes_or_no
+from support.encoders import LABELS, classifier, cut_and_pad, edit_json, embedder, yes_or_no
 from test_engine import prompts_of
 
 from qtool import quantize
@@ -96,6 +96,7 @@ def pair_text(query, document, instruction="Judge."):
 @pytest.mark.parametrize("make", [classifier, yes_or_no, embedder])
 def test_documents_are_scored_and_ranked(tmp_path, make):
     make(tmp_path / "model")
+    cut_and_pad(tmp_path / "model")
     with Engine(tmp_path / "model", **OPTIONS) as engine:
         scores = engine.score(QUERY, DOCUMENTS)
         twice = engine.score([QUERY, "x"], DOCUMENTS[:2])

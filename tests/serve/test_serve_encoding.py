@@ -12,7 +12,15 @@ import numpy as np
 import openai
 import pytest
 import torch
-from support.encoders import LABELS, TEMPLATE, classifier, edit_json, embedder, yes_or_no
+from support.encoders import (
+    LABELS,
+    TEMPLATE,
+    classifier,
+    cut_and_pad,
+    edit_json,
+    embedder,
+    yes_or_no,
+)
 from support.server import start_server
 from transformers import AutoTokenizer
 
@@ -32,6 +40,7 @@ def embedding(tmp_path_factory):
     folder = tmp_path_factory.mktemp("embedding")
     model = embedder(folder / "model")
     edit_json(folder / "model" / "config.json", is_matryoshka=True)
+    cut_and_pad(folder / "model")
     server = start_server(folder, folder / "model", *OPTIONS, "--max-running-requests", 3)
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
 

@@ -36,6 +36,27 @@ def edit_json(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps(value | changes))
 
 
+def cut_and_pad(folder: Path) -> None:
+    """Let the tokenizer of ``folder`` truncate and pad, as sentence-transformers may save it."""
+    edit_json(
+        folder / "tokenizer.json",
+        truncation={
+            "max_length": 4,
+            "strategy": "LongestFirst",
+            "direction": "Right",
+            "stride": 0,
+        },
+        padding={
+            "strategy": "BatchLongest",
+            "direction": "Right",
+            "pad_to_multiple_of": None,
+            "pad_id": 3,
+            "pad_type_id": 0,
+            "pad_token": "<|pad|>",
+        },
+    )
+
+
 def embedder(
     folder: Path, kind: str = "qwen3", mode: str = "lasttoken", *, normalize: bool = True
 ) -> Any:
