@@ -10,11 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from qtool.checkpoint.expert_stacks import GATED
 from qtool.checkpoint.model import Checkpoint
 from qtool.modules import is_linear
-
-GATED = ("gate_proj", "up_proj")
-"""The layers of an expert whose outputs lie side by side in a stack ``gate_up_proj``."""
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,7 @@ def check_tensors(
     missing = {*(report.get("missing_keys") or ())}
     if makes_embeddings(checkpoint):
         missing.discard("lm_head.weight")
-    split = _split_experts(parameters, missing, shapes)
+    split = _split_experts(parameters, missing, _renamed(model, shapes)) if missing else set()
     left_over = {*(report.get("unexpected_keys") or ())} - split
     report["missing_keys"] = missing - split
     report["unexpected_keys"] = {
@@ -143,7 +143,7 @@ def _split_experts(
     Args:
         parameters: of transformers' model -> how many weights each has.
         missing: the parameters that the checkpoint lacks.
-        shapes: the tensors of the checkpoint.
+        shapes: the tensors of the checkpoint, by transformers' names.
     """
     split: set[str] = set()
     for stack in missing:
@@ -154,6 +154,21 @@ def _split_experts(
         if parts and sum(found.values()) == parameters.get(stack) and len({*found.values()}) == 1:
             split |= {stack, *found}
     return split
+
+
+def _renamed(model: Any, shapes: Mapping[str, Shape]) -> dict[str, Shape]:
+    """Return ``shapes`` by the names that transformers gives their tensors for ``model``."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    parameters = model.state_dict()
+    prefix = model.base_model_prefix
+    return {
+        rename_source_key(name, renamings, [], prefix, parameters)[0]: shape
+        for name, shape in shapes.items()
+    }
 
 
 def class_of(checkpoint: Checkpoint) -> Any:

@@ -18,9 +18,10 @@ from qtool.architecture.meta import build_model
 from qtool.architecture.standard import Shape, model_tensors
 from qtool.architecture.trace import trace_linears
 from qtool.checkpoint import Checkpoint
+from qtool.checkpoint.expert_stacks import GATED
 from qtool.formats import Layout
 from qtool.modules import NOT_TEXT, is_mtp_layer
-from qtool.name_map import GATED, LinearWeight, NameMap
+from qtool.name_map import LinearWeight, NameMap
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

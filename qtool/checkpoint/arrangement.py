@@ -22,6 +22,10 @@ class Arrangement(NamedTuple):
     """
     is_transposed: bool = False
     """Whether each matrix of a stack lies the other way in the file."""
+    part: tuple[int, int] = (0, 1)
+    """Which of how many equal ranges of columns, of a matrix that lies the other way: the file has
+    the bytes of all.
+    """
 
     def apply(self, data: Any, shape: tuple[int, ...]) -> bytes:
         """Return the bytes of the tensor.
@@ -42,6 +46,10 @@ class Arrangement(NamedTuple):
             rows = math.prod(shape[:2]) if not self.is_transposed else shape[0] * shape[2]
             found = found.reshape(2, rows // 2, -1).swapaxes(0, 1)
         if self.is_transposed:
-            experts, columns, rows = shape
-            found = found.reshape(experts, rows, columns, -1).swapaxes(1, 2)
+            *_, columns, rows = shape
+            part, parts = self.part
+            whole = found.reshape(
+                -1, rows, parts * columns, found.size // parts // math.prod(shape)
+            )
+            found = whole[:, :, part * columns : (part + 1) * columns].swapaxes(1, 2)
         return found.tobytes()

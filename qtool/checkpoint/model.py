@@ -78,8 +78,10 @@ class TensorInfo(NamedTuple):
     @property
     def places(self) -> tuple[tuple[Path, int, int], ...]:
         """Where its bytes lie: file, offset and size of each part."""
-        if self.arrangement is None or self.arrangement.other is None:
+        if self.arrangement is None:
             return ((self.file, self.offset, self.size_bytes),)
+        if self.arrangement.other is None:
+            return ((self.file, self.offset, self.size_bytes * self.arrangement.part[1]),)
         half = self.size_bytes // 2
         return (self.file, self.offset, half), (*self.arrangement.other, half)
 
@@ -101,6 +103,8 @@ class Checkpoint:
     tensors: Mapping[str, TensorInfo]
     gguf_file: Path | None = None
     """The GGUF file that all of it comes from, of a split model the first."""
+    expert_stacks: tuple[str, ...] = ()
+    """The quantized stacks of experts in its files, which `tensors` has expert by expert."""
     notes: tuple[str, ...] = ()
     """What the user should know of what was read, a line each."""
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from qtool.checkpoint.config_check import check_config
 from qtool.checkpoint.config_values import check_config_values
+from qtool.checkpoint.expert_stacks import with_experts_apart
 from qtool.checkpoint.gguf import find_gguf, notes_on_gguf, open_gguf
 from qtool.checkpoint.header import MAX_NAME, read_header
 from qtool.checkpoint.model import INDEX, Checkpoint, TensorInfo
@@ -73,7 +74,8 @@ def open_checkpoint(path: Path, *, is_written: bool = False) -> Checkpoint:
         with no_collection():
             config = _read_config(path / "config.json")
             tensors = _read_tensors(path)
-            return _checked(Checkpoint(path, config, tensors, notes=notes_on_gguf(path)))
+            found = Checkpoint(path, config, tensors, notes=notes_on_gguf(path))
+            return _checked(with_experts_apart(found))
 
 
 def _checked(checkpoint: Checkpoint) -> Checkpoint:

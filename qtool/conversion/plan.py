@@ -199,6 +199,8 @@ def _notes(
     yield from _gguf_notes(request, layers)
     if names and request.layout is None:
         yield from _stack_notes(names)
+    if stacks := request.checkpoint.expert_stacks:
+        yield f"the experts in {len(stacks)} stacks, e.g. `{stacks[0]}`, are written one by one"
     yield from _rounding_notes(layers)
     yield from _activation_notes(layers)
     if request.to == "compressed-tensors" and _has_act_order(layers):

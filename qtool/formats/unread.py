@@ -121,12 +121,12 @@ def check(checkpoint: Checkpoint, config: Json | None) -> None:
 
 
 def check_stacks(checkpoint: Checkpoint) -> None:
-    """Raise CheckpointRefused when experts lie in a quantized stack, one tensor with a scale beside
-    it: `experts.gate_up_proj` as transformers 5 saves FP8 and ModelOpt saves Llama 4, or
-    `moe.gate_proj.weight` of Step.
+    """Raise CheckpointRefused when experts lie in a quantized stack that `checkpoint.expert_stacks`
+    does not take apart: `moe.gate_proj.weight` of Step, int4, or with biases, as ModelOpt writes
+    gpt-oss.
 
-    Source: transformers 5.17, `integrations/finegrained_fp8.py` FP8Experts; vLLM 0.33,
-        `models/llama4.py` and `models/step3p5.py` load_weights.
+    Source: vLLM 0.33, `models/step3p5.py` load_weights; nvidia-modelopt 0.47,
+        `torch/export/unified_export_hf.py`.
     """
     for tensor in checkpoint.tensors.values():
         if len(tensor.shape) < 3 or tensor.dtype not in STACK_DTYPES:

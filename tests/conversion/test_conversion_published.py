@@ -15,12 +15,16 @@ FEW = {  # what was once refused or read wrongly -> the formats that hold it
     "deepseek-v4-flash": ("compressed-tensors",),
     "gguf-moe-mxfp4": ("compressed-tensors",),
     "intel-int2-mixed-autoround": ("compressed-tensors",),
+    "mistral-small-4-fp8": ("compressed-tensors", "modelopt"),
     "neuralmagic-llama-3-fp8-kv": ("compressed-tensors", "modelopt"),
+    "nvidia-llama-4-fp8": ("compressed-tensors", "modelopt"),
+    "nvidia-llama-4-nvfp4": ("compressed-tensors", "modelopt"),
     "nvidia-qwen3.6-35b-a3b-nvfp4": ("compressed-tensors", "modelopt"),
     "nvidia-minimax-m3-nvfp4": ("compressed-tensors", "modelopt"),
     "nvidia-qwen3.8-flash-next-nvfp4": ("compressed-tensors", "modelopt"),
     "g_idx-of-minus-one": ("compressed-tensors", "modelopt"),
     "minimax-m3-w4a16-embedding": ("compressed-tensors",),
+    "transformers-fp8-experts": ("compressed-tensors", "modelopt"),
 }
 TARGETS = ("compressed-tensors", "modelopt")
 PARTS = ("data", "scale", "scale2", "zero", "perm", "pre_scale")

@@ -29,6 +29,9 @@ REFUSALS = {  # by vLLM, by SGLang
     "modelopt-sidecar-without-producer": (UNNAMED, ()),
     "nvidia-qwen3-moe-mixed-experts-parent": ((), ()),
     "modelopt-mixed-fused-names": ((), ()),
+    "mistral-small-4-fp8": ((), ()),
+    "nvidia-llama-4-fp8": ((), ()),
+    "nvidia-llama-4-nvfp4": ((), ("E_ENGINE_EXPERT_STACK",)),
     "nvidia-minimax-m3-nvfp4": (("E_ENGINE_SCALE_NAME",), ()),
     "nvidia-qwen3.6-27b-nvfp4": ((), ()),
     "nvidia-qwen3.6-35b-a3b-nvfp4": ((), ()),
@@ -55,3 +58,9 @@ def test_vllm_reads_the_scales_of_mxfp8_in_minimax_alone(tmp_path, name):
     file = tmp_path / "model" / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "model_type": "minimax_m3_vl"}))
     assert refusals(tmp_path / "model") == ((), ())
+
+
+def test_tensorrt_llm_loads_experts_in_stacks(tmp_path):
+    PUBLISHED["nvidia-llama-4-fp8"](tmp_path / "model")
+    checkpoint = open_checkpoint(tmp_path / "model")
+    assert check_engine(checkpoint, detect(checkpoint), "tensorrt-llm").refusals == ()

@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.published import PUBLISHED
+from support.published.stacks import KINDS
 
 import qtool
 from qtool.checkpoint import open_checkpoint
@@ -24,37 +25,62 @@ FEW = (  # those that were once refused or read wrongly
     "intel-int4-autoround-awq",
     "llm-compressor-embedding-alone",
     "minimax-m3-w4a16-embedding",
+    "mistral-small-4-fp8",
     "neuralmagic-llama-3-fp8-kv",
+    "nvidia-llama-4-fp8",
+    "nvidia-llama-4-nvfp4",
     "nvidia-minimax-m3-nvfp4",
     "nvidia-qwen3.6-27b-nvfp4",
     "nvidia-qwen3.6-35b-a3b-nvfp4",
+    "transformers-fp8-experts",
 )
 # transformers does not have the architectures of Moonshot, or not in this size; the stacks of
 # gpt-oss are transposed there, which `tests/runtime/test_experts.py` compares; models of GGUF are
 # compared in `tests/formats/test_formats_gguf.py`
 NOT_COMPARED = ("gguf", "moonshot", "openai")
+QUANTIZATION = ("quantization_config", "compression_config")
 OTHERS = sorted(name for name in PUBLISHED if name not in FEW and not name.startswith(NOT_COMPARED))
 
 
 def dense_model(folder, expected):
     """The same model without quantization, made of what its publisher means."""
-    from transformers import AutoModelForCausalLM
+    import transformers
 
-    tensors = {
-        name: tensor
-        for name, tensor in load_file(folder / "model.safetensors").items()
-        if name.rpartition(".")[0] not in expected
-    }
-    tensors |= {f"{name}.weight": weight.contiguous() for name, weight in expected.items()}
+    stored = load_file(folder / "model.safetensors")
     config = json.loads((folder / "config.json").read_text())
-    kept = {key: value for key, value in config.items() if not key.endswith("ion_config")}
-    dense = folder.with_name("dense")
-    dense.mkdir()
-    save_file(tensors, dense / "model.safetensors", {"format": "pt"})
-    (dense / "config.json").write_text(json.dumps(kept))
-    model = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32).eval()
-    shutil.rmtree(dense)
+    model_class = transformers.AutoModelForCausalLM
+    dense = {f"{name}.weight": weight for name, weight in expected.items()}
+    if stacks := dense_stacks(stored, expected, is_transposed=config["model_type"] == "llama4"):
+        model_class = getattr(transformers, config["architectures"][0])
+        dense = {name: dense[name] for name in dense if ".experts." not in name} | stacks
+    tensors = {
+        name: each for name, each in stored.items() if name.rpartition(".")[0] not in expected
+    }
+    tensors |= {name: tensor.contiguous() for name, tensor in dense.items()}
+    kept = {key: value for key, value in config.items() if not key.endswith(QUANTIZATION)}
+    place = folder.with_name("dense")
+    place.mkdir()
+    save_file(tensors, place / "model.safetensors", {"format": "pt"})
+    (place / "config.json").write_text(json.dumps(kept))
+    model = model_class.from_pretrained(place, dtype=torch.float32).eval()
+    shutil.rmtree(place)
     return model
+
+
+def dense_stacks(stored, expected, *, is_transposed):
+    """The stacks of experts in ``stored``, which transformers has in one parameter each."""
+    stacks = {}
+    for name in stored:
+        holder, _, projection = name.rpartition(".")
+        if f"{holder}.0.down_proj" not in expected or projection not in KINDS:
+            continue
+        experts = range(sum(each.startswith(f"{holder}.") for each in expected) // 3)
+        matrices = [
+            torch.cat([expected[f"{holder}.{expert}.{kind}"] for kind in KINDS[projection]])
+            for expert in experts
+        ]
+        stacks[name] = torch.stack([each.T if is_transposed else each for each in matrices])
+    return stacks
 
 
 @pytest.fixture

@@ -200,6 +200,9 @@ FIRES = {  # code, or engine and code -> the checkpoint that fires it, and optio
     "E_ENGINE_OWN_LINEARS": (of(Gptq(), model={"model_type": "falcon"}), {}),
     "E_ENGINE_DENSE_EXPERTS": (experts_in_16_bits, {}),
     "E_ENGINE_EXPERTS_ONE_BY_ONE": (of(fp8(), shapes=EXPERTS, model={"model_type": "gpt_oss"}), {}),
+    "W_ENGINE_EXPERT_STACK": (published("mistral-small-4-fp8"), {}),
+    "E_ENGINE_EXPERT_STACK": (published("nvidia-llama-4-nvfp4"), {}),
+    "W_ENGINE_EXPERT_SCALES": (published("mistral-small-4-fp8"), {}),
     "N_ENGINE_EXPERTS_INPUTS": (of(fp8(), shapes=EXPERTS), {}),
     "W_ENGINE_CPU_GROUP": (of(Gptq(group=256, group_size=-1)), {}),
     "E_ENGINE_EXPERTS_NO_GROUP": (

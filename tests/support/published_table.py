@@ -96,6 +96,7 @@ ORIGINS: Mapping[str, Origin] = {
     "minimax-m3-mxfp8": Origin("MiniMax", "MiniMax-M3"),
     "minimax-m3-w4a16-embedding": Origin("LLM Compressor users", "MiniMax-M3"),
     "mit-qserve-w4a8": Origin("mit-han-lab", "Llama 3"),
+    "mistral-small-4-fp8": Origin("Mistral AI", "Mistral Small 4"),
     "mlx-community-4bit": Origin("mlx-community", "all"),
     "mobiuslabs-hqq": Origin("mobiuslabsgmbh", "Llama 3, Mixtral"),
     "modelcloud-gptq-2bit-rows": Origin("ModelCloud (GPTQModel)", "Llama"),
@@ -158,7 +159,7 @@ ORIGINS: Mapping[str, Origin] = {
     "torchao-int8-dynamic": Origin("torchao users", "Llama 3"),
     "torchao-int8-weight-only": Origin("torchao users", "Llama 3"),
     "torchao-intx-mixed": Origin("torchao users", "Llama 3, Phi-4"),
-    "transformers-fp8-experts": Origin("transformers users", "Qwen3.5 MoE"),
+    "transformers-fp8-experts": Origin("transformers users", "Gemma 4 MoE"),
     "turboderp-exl2": Origin("turboderp, bartowski", "Llama 3, Mistral"),
     "turboderp-exl3": Origin("turboderp", "Llama 3, Qwen3"),
     "unsloth-bnb-4bit": Origin("unsloth", "Llama 3, Gemma 3, Qwen3"),
@@ -229,9 +230,13 @@ def _runs(checkpoint) -> tuple[bool, bool]:  # type: ignore[no-untyped-def]
 def _engines(checkpoint, layout) -> list[str]:  # type: ignore[no-untyped-def]
     from qtool.inspection.engines import check_engine
 
-    return [
-        name for engine, name in ENGINES.items() if check_engine(checkpoint, layout, engine).loads
-    ]
+    found = []
+    for engine, name in ENGINES.items():
+        report = check_engine(checkpoint, layout, engine)
+        is_known = all(each.code != "W_ENGINE_EXPERT_STACK" for each in report.findings)
+        if report.loads and is_known:
+            found.append(name)
+    return found
 
 
 def _targets(checkpoint, layout) -> list[str]:  # type: ignore[no-untyped-def]

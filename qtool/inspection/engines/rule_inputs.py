@@ -72,6 +72,8 @@ class CheckpointInputs:
     """As config.json has it."""
     single_experts: bool
     """Whether experts have tensors of their own, ``experts.0.down_proj``."""
+    expert_stacks: bool
+    """Whether the quantized experts of a layer are one tensor, ``experts.down_proj``."""
     groups: int
     """How many config groups name weights."""
     class_targets: bool

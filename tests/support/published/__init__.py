@@ -38,5 +38,6 @@ from support.published import (  # noqa: E402, F401
     gpt_oss,
     gptq,
     modelopt,
+    stacks,
     torchao,
 )

@@ -268,44 +268,6 @@ NOT_READ: Mapping[str, NotRead] = {
         "E_QUANT_METHOD",
         ("PaddlePaddle", "FastDeploy"),
     ),
-    "nvidia-llama-4-fp8": NotRead(
-        _checkpoint(
-            {"quant_method": "modelopt", "quant_algo": "FP8"},
-            {
-                "down_proj": _zeros(FP8, 4, 384, 256),
-                "down_proj_weight_scale": torch.ones(()),
-                "down_proj_input_scale": torch.ones(()),
-            },
-            layer="model.layers.0.feed_forward.experts",
-        ),
-        "E_EXPERT_STACK",
-        ("down_proj", "stack", "vLLM"),
-    ),
-    "nvidia-llama-4-nvfp4": NotRead(
-        _checkpoint(
-            {"quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": 16},
-            {
-                "down_proj": _zeros(BYTES, 4, 192, 256),
-                "down_proj_weight_scale": _zeros(FP8, 4, 24, 256),
-                "down_proj_weight_scale_2": torch.ones(()),
-            },
-            layer="model.layers.0.feed_forward.experts",
-        ),
-        "E_EXPERT_STACK",
-        ("down_proj", "stack", "vLLM"),
-    ),
-    "transformers-fp8-experts": NotRead(
-        _checkpoint(
-            {"quant_method": "fp8", "weight_block_size": [128, 128]},
-            {
-                "down_proj": _zeros(FP8, 4, 256, 384),
-                "down_proj_scale_inv": torch.ones(4, 2, 3),
-            },
-            layer="model.layers.0.mlp.experts",
-        ),
-        "E_EXPERT_STACK",
-        ("down_proj", "stack", "transformers"),
-    ),
     "stepfun-step-3.5-fp8": NotRead(
         _checkpoint(
             {"quant_method": "fp8", "weight_block_size": [128, 128]},
