@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from qtool.architecture.meta import build_model
+from qtool.architecture.mtp import moved_name
 from qtool.architecture.standard import Shape, model_tensors
 from qtool.architecture.trace import trace_linears
 from qtool.checkpoint import Checkpoint
@@ -72,13 +73,6 @@ def names_in(
         embeddings=mapper.embeddings,
         towers=frozenset(mapper.towers),
     )
-
-
-def moved_name(name: str, moved: tuple[str, str] | None) -> str:
-    """Return the name that transformers gets for the tensor ``name``; see `names_in`."""
-    if moved is None or not name.startswith(f"{moved[0]}."):
-        return name
-    return moved[1] + name.removeprefix(moved[0])
 
 
 class _Mapper:

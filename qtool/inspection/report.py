@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from qtool import formats
-from qtool.architecture import check_model
+from qtool.architecture import check_model_and_mtp
 from qtool.checkpoint import Checkpoint, TensorInfo
 from qtool.checkpoint.expert_tokens import ExpertTokens, read_expert_tokens
 from qtool.checkpoint.manifest import ManifestCheck, check_manifest, has_manifest
@@ -174,8 +174,7 @@ def inspect(
         unknown.
     """
     layout, warnings = _detect(checkpoint, engine_may_know=engine is not None)
-    if deep:
-        check_model(checkpoint, layout)
+    mtp_problem = check_model_and_mtp(checkpoint, layout, deep=deep)
     modules = tuple(_modules(checkpoint, layout.modules if layout else {}))
     quantized = _quantized_rows(modules)
     unquantized = _unquantized_rows(checkpoint, layout)
@@ -211,7 +210,7 @@ def inspect(
         modules=modules,
         kv_cache=layout.kv_cache if layout else None,
         tied_embeddings=checkpoint.tied_embeddings,
-        warnings=(*checkpoint.notes, *warnings),
+        warnings=(*checkpoint.notes, *warnings, *filter(None, [mtp_problem])),
         deep=measured,
         manifest=compared,
         bad_values=tuple(bad_values),

@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from qtool.architecture import check_model, map_names
+from qtool.architecture import check_model_and_mtp, map_names
 from qtool.backends import (
     check_backend,
     check_device,
@@ -152,8 +152,8 @@ def prepare(
     check_model_code(plan.checkpoint, trusted=options.trust_remote_code)
     if device.startswith("cuda") or "cpu" not in recipe.runs_on:
         check_device(device, recipe, gpus=gpu_count())
-    check_model(plan.checkpoint, detect(plan.checkpoint))
-    notes = [*files.notes, *filter(None, [plan.mostly_unquantized])]
+    mtp_problem = check_model_and_mtp(plan.checkpoint, detect(plan.checkpoint), deep=True)
+    notes = [*files.notes, *filter(None, [plan.mostly_unquantized, mtp_problem])]
     context = _context_length(plan.checkpoint)
     if calibration and 0 < context < calibration.seq_len:
         notes.append(

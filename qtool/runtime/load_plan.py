@@ -10,6 +10,7 @@ import torch
 
 from qtool import formats
 from qtool.architecture import check_model
+from qtool.architecture.mtp import MtpNames, find_mtp, loaded_shapes, with_mtp_layer
 from qtool.checkpoint import Checkpoint
 from qtool.checkpoint.encoding import Encoding
 from qtool.errors import CheckpointRefused, one_line
@@ -27,7 +28,6 @@ from qtool.runtime.kernels import (
     linear_spec,
     load_kernel,
 )
-from qtool.runtime.mtp_names import MtpNames, find_mtp, loaded_shapes, with_mtp_layer
 from qtool.runtime.online import schemes_to_run, skip_reasons
 from qtool.runtime.skeleton import Skeleton
 from qtool.runtime.source import Source

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from qtool.architecture.meta import build_model, check_report, quiet_loading
-from qtool.architecture.names import moved_name, names_in, towers
+from qtool.architecture.mtp import moved_name
+from qtool.architecture.names import names_in, towers
 from qtool.architecture.trace import Trace, trace_linears
 from qtool.checkpoint import Checkpoint
 from qtool.errors import CheckpointRefused

@@ -23,6 +23,9 @@ from qtool.engine.config import EngineConfig, Speculation
 from qtool.engine.cuda_graphs import PromptShape
 from qtool.engine.engine import Engine
 from qtool.errors import CheckpointRefused, UsageError
+from qtool.inspection import inspect
+from qtool.options import QuantizeOptions
+from qtool.quantization.request import prepare
 from qtool.runtime.experts.grouped import GroupedExperts
 from qtool.runtime.linear import QuantizedLinear
 from qtool.runtime.load import materialize
@@ -292,14 +295,21 @@ def test_a_model_without_a_known_layer_is_refused(name, said, tmp_path):
     ],
 )
 def test_a_layer_that_does_not_fit_is_refused_before_it_is_read(model, part, rows, code, tmp_path):
+    """Without it, the model is inspected and quantized, with a line that says so."""
     folder, _ = publish(model, tmp_path / "model")
     plan_load(open_checkpoint(folder), CPU, mtp=True)
+    assert not any("NEXTN" in each for each in inspect(open_checkpoint(folder), deep=True).warnings)
     stored = load_file(folder / WEIGHTS)
     whole = stored.pop(part)
     save_file(stored | ({part: whole[:rows].clone()} if rows else {}), folder / WEIGHTS)
     with pytest.raises(CheckpointRefused) as refused:
         plan_load(open_checkpoint(folder), CPU, mtp=True)
     assert refused.value.code == code
+    problem = f"speculative_algorithm NEXTN would be refused: {refused.value.message}"
+    assert problem in inspect(open_checkpoint(folder), deep=True).warnings
+    assert code != "E_SPECULATION" or problem in inspect(open_checkpoint(folder)).warnings
+    options = QuantizeOptions(method="fp8_dynamic", output=str(tmp_path / "output"))
+    assert problem in prepare(folder, options).notes
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,9 @@
-"""Where a checkpoint has its layer for multi-token prediction (MTP), and whether qtool knows it."""
+"""Where a checkpoint has its layer for multi-token prediction (MTP), and whether it can draft."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
-from qtool.architecture.names import moved_name
 from qtool.architecture.standard import Shape, model_tensors
 from qtool.checkpoint import Checkpoint
 from qtool.errors import CheckpointRefused
@@ -27,6 +24,7 @@ OWN_MODULE = (
     "Qwen3_5MoeForConditionalGeneration",
 )
 """Classes whose MTP layer is a module of its own, `mtp`."""
+CLASSES = (*AFTER_LAYERS, *OWN_MODULE)
 EMBEDDINGS = "embed_tokens"
 HINT = "leave speculative_algorithm out, or NGRAM, which needs no layer"
 
@@ -64,11 +62,9 @@ def find_mtp(checkpoint: Checkpoint) -> MtpNames:
 
     Raises: CheckpointRefused, when it has none or qtool does not know its kind.
     """
-    path, tensors = checkpoint.place, checkpoint.tensors
-    kind = (checkpoint.config.get("architectures") or ["a model without `architectures`"])[0]
-    classes = (*AFTER_LAYERS, *OWN_MODULE)
-    if kind not in classes:
-        known = f"{', '.join(classes[:-1])} and {classes[-1]}"
+    path, tensors, kind = checkpoint.place, checkpoint.tensors, _class_of(checkpoint)
+    if kind not in CLASSES:
+        known = f"{', '.join(CLASSES[:-1])} and {CLASSES[-1]}"
         message = f"{path}: qtool knows the MTP layers of {known}, and this is {kind}"
         raise CheckpointRefused("E_SPECULATION", message, hint=HINT)
     if checkpoint.text_config.get("num_hidden_layers") is None:
@@ -82,6 +78,18 @@ def find_mtp(checkpoint: Checkpoint) -> MtpNames:
         message = f"{path} has no MTP layer: `{(*missing, names.projection)[0]}` is missing"
         raise CheckpointRefused("E_SPECULATION", message, hint=HINT)
     return names
+
+
+def _class_of(checkpoint: Checkpoint) -> str:
+    architectures = checkpoint.config.get("architectures") or ["a model without `architectures`"]
+    return str(architectures[0])
+
+
+def has_known_mtp(checkpoint: Checkpoint) -> bool:
+    """Whether there is a tensor of an MTP layer of a kind that qtool knows."""
+    return _class_of(checkpoint) in CLASSES and any(
+        name.startswith("mtp.") or is_mtp_layer(checkpoint, name) for name in checkpoint.tensors
+    )
 
 
 def _names(checkpoint: Checkpoint, *, is_own_module: bool) -> MtpNames:
@@ -121,12 +129,10 @@ def with_mtp_layer(checkpoint: Checkpoint) -> Checkpoint:
     """Return ``checkpoint`` with a config that counts the decoder layer of the first MTP layer
     among the others, after the last; transformers then builds and loads it as one of them.
     """
-    config: dict[str, Any] = {**checkpoint.config}
-    if "text_config" in config:
-        config["text_config"] = _with_one_more(config["text_config"])
-    else:
-        config = _with_one_more(config)
-    return replace(checkpoint, config=config)
+    config, text = checkpoint.config, checkpoint.text_config
+    longer = {**text, "num_hidden_layers": text["num_hidden_layers"] + 1}
+    nested = {key: longer for key, value in config.items() if value is text}
+    return replace(checkpoint, config={**config, **nested} if nested else longer)
 
 
 def loaded_shapes(
@@ -143,8 +149,9 @@ def loaded_shapes(
     """
     shapes = model_tensors(checkpoint, layout)
     shared = f"{names.shared_embeddings}.weight"
-    if (matrix := shapes.get(shared)) is None:
-        message = f"{checkpoint.place} has no embeddings: `{shared}` is missing"
+    matrix = shapes.get(shared, ())
+    if len(matrix) != 2:
+        message = f"{checkpoint.place} has no embeddings: there is no matrix `{shared}`"
         raise CheckpointRefused("E_TENSORS", message, hint="take the weights from the original")
     size = matrix[-1]
     expected = {
@@ -167,5 +174,8 @@ def loaded_shapes(
     }
 
 
-def _with_one_more(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {**config, "num_hidden_layers": config["num_hidden_layers"] + 1}
+def moved_name(name: str, moved: tuple[str, str] | None) -> str:
+    """Return the name that transformers gets for the tensor ``name``; see `names.names_in`."""
+    if moved is None or not name.startswith(f"{moved[0]}."):
+        return name
+    return moved[1] + name.removeprefix(moved[0])
