@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from qtool.cli.files import check_writable, write_file
-from qtool.cli.options import Debug, Json, ModelPath, Quiet, Verbose, takes
+from qtool.cli.options import Debug, HtmlReport, Json, ModelPath, Quiet, Verbose, takes
 from qtool.cli.output import message, show
 from qtool.errors import GateFailed, file_errors
 from qtool.memory import no_collection
@@ -26,10 +26,7 @@ def evaluate(
         Path | None,
         typer.Option(help="Write the gate to this file, as JUnit's XML.", show_default=False),
     ] = None,
-    html: Annotated[
-        Path | None,
-        typer.Option(help="Write the report to this file, one page.", show_default=False),
-    ] = None,
+    html: HtmlReport = None,
     as_json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,

@@ -11,6 +11,7 @@ import typer
 from qtool.cli.files import check_writable, write_file
 from qtool.cli.options import (
     Debug,
+    HtmlReport,
     Json,
     ModelPath,
     Quiet,
@@ -64,10 +65,7 @@ def inspect(
     tensor_parallel: Annotated[
         int, typer.Option("--tp", "--tensor-parallel", help="GPUs that share each layer.")
     ] = 1,
-    html: Annotated[
-        Path | None,
-        typer.Option(help="Write the report to this file, one page.", show_default=False),
-    ] = None,
+    html: HtmlReport = None,
     revision: Revision = None,
     as_json: Json = False,
     quiet: Quiet = False,

@@ -7,6 +7,7 @@ import inspect
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import MISSING, Field, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -133,6 +134,10 @@ ModelPath = Annotated[
     typer.Option(
         "--model-path", "--model", help="Checkpoint folder or Hub name.", show_default=False
     ),
+]
+HtmlReport = Annotated[
+    Path | None,
+    typer.Option(help="Write the report to this file, one page.", show_default=False),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 Quiet = Annotated[
