@@ -797,15 +797,16 @@ def prefill_kernel(  # type: ignore[no-untyped-def]
         begin = low // KEYS
         whole = tl.minimum(tl.cdiv(tl.maximum(last - window + 1, 0), KEYS), end)
     partly = tl.maximum(whole, (lowest + 1) // KEYS)
-    if WINDOWED:
+    bounds = (begin, whole, partly, end)
+    for part in tl.static_range(0 if WINDOWED else 1, 3):
         acc, total, top = _attend_tiles(
             queries,
             acc,
             total,
             top,
             own,
-            begin,
-            whole,
+            bounds[part],
+            bounds[part + 1],
             low,
             last,
             table_row,
@@ -821,39 +822,7 @@ def prefill_kernel(  # type: ignore[no-untyped-def]
             window,
             WINDOWED,
             SOFTCAP,
-            True,
-            D,
-            DV,
-            ROPE,
-            PAGE,
-            KEYS,
-            STAGES,
-        )
-    for masked in tl.static_range(2):
-        acc, total, top = _attend_tiles(
-            queries,
-            acc,
-            total,
-            top,
-            own,
-            whole if masked == 0 else partly,
-            partly if masked == 0 else end,
-            low,
-            last,
-            table_row,
-            k_pages,
-            v_pages,
-            stride_k_page,
-            stride_v_page,
-            rope,
-            k_rope,
-            stride_k_rope,
-            factor,
-            limit,
-            window,
-            WINDOWED,
-            SOFTCAP,
-            masked == 1,
+            part != 1,
             D,
             DV,
             ROPE,
