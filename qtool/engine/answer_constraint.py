@@ -84,7 +84,7 @@ class AnswerConstraint:
             return self._constraint.masks_along(drafts)
         if self._state == "before":
             return [self.mask]
-        ends = [place for place, token in enumerate(drafts) if self._may_end(token)]
+        ends = [index for index, token in enumerate(drafts) if self._may_end(token)]
         return [None] * (1 + min(ends, default=len(drafts)))
 
     def _starts(self, token: int) -> bool:

@@ -100,8 +100,8 @@ def mix(
         known = 1 if begin < packed.decodes else end - begin  # the other tokens are drafts
         if states.drafts:
             states.length[row] = position + known
-            places = torch.arange(position + known, position + end - begin)
-            states.drafted[row, places % states.drafted.shape[1]] = tokens[known:]
+            positions = torch.arange(position + known, position + end - begin)
+            states.drafted[row, positions % states.drafted.shape[1]] = tokens[known:]
         held = len(right) + known
         q = functional.pad(q, (0, 0, len(right), 0))  # nobody asks for their values
         terms = _terms(q, torch.cat([right, tokens]), weights)
@@ -122,8 +122,8 @@ def _convolve(kept: Tensor, new: Tensor, weight: Tensor, position: int) -> Tenso
         position: of the first new input.
     """
     first, count = position - weight.shape[1] + 1, len(kept)
-    places = torch.arange(first, position)
-    before = torch.where(places[:, None] >= 0, kept[places % count], 0.0)
+    positions = torch.arange(first, position)
+    before = torch.where(positions[:, None] >= 0, kept[positions % count], 0.0)
     last = new[-count:]
     stop = position + len(new)
     kept[torch.arange(stop - len(last), stop) % count] = last
@@ -138,8 +138,8 @@ def _drafts_before(states: RecurrentStates, row: int, position: int) -> Tensor:
     """
     if position == 0 or not states.drafts:
         return states.drafted[row, :0]
-    places = torch.arange(int(states.length[row]), position)
-    return states.drafted[row, places % states.drafted.shape[1]]
+    positions = torch.arange(int(states.length[row]), position)
+    return states.drafted[row, positions % states.drafted.shape[1]]
 
 
 def _terms(q: Tensor, tokens: Tensor, weights: DeltaWeights) -> list[Tensor]:

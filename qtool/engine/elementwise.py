@@ -312,7 +312,7 @@ def _add_norm(  # type: ignore[no-untyped-def]
     dtype: tl.constexpr = x.dtype.element_ty
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
     k = tl.arange(0, BLOCK)[None, :]
-    place, inside = row.to(tl.int64) * K + k, (row < T) & (k < K)
+    offsets, inside = row.to(tl.int64) * K + k, (row < T) & (k < K)
     # weights are there before the kernel ahead has ended
     weights = None if weight is None else tl.load(weight + k, mask=k < K, other=0.0).to(tl.float32)
     biases = None if bias is None else tl.load(bias + k, mask=k < K, other=0.0).to(tl.float32)
@@ -324,7 +324,7 @@ def _add_norm(  # type: ignore[no-untyped-def]
             else tl.load(after_bias + k, mask=k < K, other=0.0).to(tl.float32)
         )
     start_early(PDL)
-    value = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
+    value = tl.load(x + offsets, mask=inside, other=0.0).to(tl.float32)
     if after_weight is not None:
         value = row_norm(
             value, after_weights, after_biases, inside, K, eps, dtype, PLUS_ONE, LATE, CENTERED
@@ -332,12 +332,12 @@ def _add_norm(  # type: ignore[no-untyped-def]
     if factor is not None:
         value = (value * factor).to(dtype).to(tl.float32)
     if residual is not None:
-        before = tl.load(residual + place, mask=inside, other=0.0).to(tl.float32)
+        before = tl.load(residual + offsets, mask=inside, other=0.0).to(tl.float32)
         if other is not None:
-            before += tl.load(other + place, mask=inside, other=0.0).to(tl.float32)
+            before += tl.load(other + offsets, mask=inside, other=0.0).to(tl.float32)
             before = before.to(dtype).to(tl.float32)
         added = (value + before).to(dtype)
-        tl.store(total + place, added, mask=inside)
+        tl.store(total + offsets, added, mask=inside)
         value = added.to(tl.float32)
     if out is not None:
         if weight is None:
@@ -351,7 +351,7 @@ def _add_norm(  # type: ignore[no-untyped-def]
             scale = scale_of(tl.max(tl.abs(value), 1, keep_dims=True), FP8)
             tl.store(scales + row, scale, mask=row < T)
             normed = codes_of(value, scale, FP8)
-        tl.store(out + place, normed, mask=inside)
+        tl.store(out + offsets, normed, mask=inside)
 
 
 @triton.jit

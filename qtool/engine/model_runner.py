@@ -396,9 +396,9 @@ class Runner:
         """
         stops = itertools.accumulate(chunk.count for chunk in step.chunks)
         kept = [
-            place
+            index
             for stop, size in zip(stops, step.logit_rows(whole), strict=True)
-            for place in range(stop - size, stop)
+            for index in range(stop - size, stop)
         ]
         packed, inputs = self._send(step, kept)
         return self._logits(packed, inputs.token_ids, inputs.kept.long())
@@ -433,9 +433,9 @@ class Runner:
             rows = logits[stops[position] - chunk.count :][: len(following)]
             found[position] = logprobs_of(rows, self._to_device(following)[:, None], alternatives)
         last = [
-            place
+            index
             for stop, chunk in zip(stops, step.chunks, strict=True)
-            for place in range(stop - chunk.sampled, stop)
+            for index in range(stop - chunk.sampled, stop)
         ]
         return logits[self._to_device(last)], None, found
 

@@ -45,7 +45,7 @@ class DraftInputs(Generic[Ints]):
     padding.
     """
 
-    places: Ints
+    indices: Ints
     """[S, K]: the index of each token in the step, and of the token sampled after it."""
     positions: Ints
     """[S, K]: of each token in its sequence."""
@@ -62,9 +62,9 @@ class DraftInputs(Generic[Ints]):
         tokens = len(numbers) // 4
         counts = (tokens, tokens, tokens, tokens - size, size)
         bounds = itertools.pairwise(itertools.accumulate(counts, initial=0))
-        places, positions, rows, drafts, ends = (numbers[start:stop] for start, stop in bounds)
+        indices, positions, rows, drafts, ends = (numbers[start:stop] for start, stop in bounds)
         return cls(
-            places.reshape(size, -1),
+            indices.reshape(size, -1),
             positions.reshape(size, -1),
             rows.reshape(size, -1),
             drafts.reshape(size, -1),
@@ -171,7 +171,7 @@ class MtpDrafter:
         starts = [0, *itertools.accumulate(chunk.count for chunk in prefills)]
         token_ids, positions, rows = self._ints(
             _following(chunks),
-            [place for chunk in chunks for place in range(chunk.start, chunk.start + chunk.count)],
+            [index for chunk in chunks for index in range(chunk.start, chunk.start + chunk.count)],
             [chunk.sequence.row for chunk in chunks for _ in range(chunk.count)],
         )
         packed = Packed(
@@ -207,7 +207,7 @@ class MtpDrafter:
             (chunk, stop) for chunk, stop in zip(chunks, stops, strict=True) if chunk.samples
         ]
         sampled = [chunk.sampled for chunk, _ in sampling]
-        firsts, places, positions, rows, ends = self._ints(
+        firsts, indices, positions, rows, ends = self._ints(
             [
                 stop - count
                 for stop, count in zip(itertools.accumulate(sampled), sampled, strict=True)
@@ -218,7 +218,7 @@ class MtpDrafter:
             [len(chunk.sequence.pages) * PAGE for chunk, _ in sampling],
         )
         right = self._count_right([chunk for chunk, _ in sampling], tokens, firsts)
-        return self._extend(states[places + right], positions + right, rows, ends, layers)
+        return self._extend(states[indices + right], positions + right, rows, ends, layers)
 
     def _extend(
         self, hidden: Tensor, positions: Tensor, rows: Tensor, ends: Tensor, layers: LayerCaches
@@ -267,17 +267,17 @@ class MtpDrafter:
         inputs = DraftInputs.of(numbers.numpy(), size)
         inputs.rows[:] = self._limits.max_running
         inputs.drafts[:] = -1
-        place = 0
+        index = 0
         for number, chunk in enumerate(chunks):
             row = chunk.sequence.row
             own = (number, slice(chunk.count))
             assert row is not None
-            inputs.places[own] = range(place, place + chunk.count)
+            inputs.indices[own] = range(index, index + chunk.count)
             inputs.positions[own] = range(chunk.start, chunk.start + chunk.count)
             inputs.rows[own] = row
             inputs.drafts[number, : len(chunk.drafts)] = chunk.drafts
             inputs.ends[number] = len(chunk.sequence.pages) * PAGE
-            place += chunk.count
+            index += chunk.count
         self._inputs[:count].copy_(numbers, non_blocking=True)
         return DraftInputs.of(self._inputs[:count], size)
 
@@ -285,19 +285,19 @@ class MtpDrafter:
         """Return drafts after the tokens that each sequence gains, int32 [S, D]: what a graph
         captures.
         """
-        places = inputs.places.flatten()
-        tokens = self._tokens[places].clamp(min=0)  # -1 where logits are not finite
+        indices = inputs.indices.flatten()
+        tokens = self._tokens[indices].clamp(min=0)  # -1 where logits are not finite
         packed = Packed(
             self._table,
             inputs.rows.flatten(),
             inputs.positions.flatten(),
-            decodes=len(places),
+            decodes=len(indices),
             counters=self._counters,
         )
-        states = self.run(packed, tokens, self._hidden[places], layers)
-        right = _count_leading(tokens.view_as(inputs.places)[:, :-1] == inputs.drafts)
-        size, count = inputs.places.shape
-        last = torch.arange(size, device=places.device) * count + right
+        states = self.run(packed, tokens, self._hidden[indices], layers)
+        right = _count_leading(tokens.view_as(inputs.indices)[:, :-1] == inputs.drafts)
+        size, count = inputs.indices.shape
+        last = torch.arange(size, device=indices.device) * count + right
         positions, rows = inputs.positions[:, 0] + right, inputs.rows[:, 0]
         return self._extend(states[last], positions, rows, inputs.ends, layers)
 
@@ -333,8 +333,8 @@ class MtpDrafter:
         padded = [[*chunk.drafts, *[-1] * (most - len(chunk.drafts))] for chunk in chunks]
         (drafts,) = self._ints([token for row in padded for token in row])
         numbers = torch.arange(most, device=firsts.device)
-        places = (firsts[:, None] + numbers).clamp(max=len(tokens) - 1)
-        return _count_leading(tokens[places] == drafts.view(len(chunks), most))
+        indices = (firsts[:, None] + numbers).clamp(max=len(tokens) - 1)
+        return _count_leading(tokens[indices] == drafts.view(len(chunks), most))
 
     def _ints(self, *lists: Sequence[int | None]) -> tuple[Tensor, ...]:
         """Return ``lists`` on the device, int32, in one copy, without waiting for it."""

@@ -45,7 +45,7 @@ def prompt_logits(
         used = -(-size // PAGE)
         table.append([*range(last + 1, last + used + 1), *[0] * (columns - used)])
         last += used
-    positions = ints([place for size in sizes for place in range(size)])
+    positions = ints([position for size in sizes for position in range(size)])
     packed = Packed(
         ints(table),
         ints([row for row, size in enumerate(sizes) for _ in range(size)]),

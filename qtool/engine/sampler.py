@@ -74,7 +74,7 @@ class Prepared:
 
 
 def greedy(logits: Tensor) -> Tensor:
-    """Return the place of the largest logit of each row, [R, V] -> int64 [R]; -1 for a row with NaN
+    """Return the index of the largest logit of each row, [R, V] -> int64 [R]; -1 for a row with NaN
     or +inf, or with nothing but -inf.
     """
     largest, tokens = _largest(logits)
@@ -82,16 +82,16 @@ def greedy(logits: Tensor) -> Tensor:
 
 
 def _largest(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the largest logit of each row, NaN above all, and its first place, [R] each; on a GPU
+    """Return the largest logit of each row, NaN above all, and its first index, [R] each; on a GPU
     many blocks share a row.
     """
     rows, size = logits.shape
     parts = math.gcd(size, 256) if logits.is_cuda else 1
     if parts < 16:
         return logits.max(dim=-1)
-    largest, places = logits.view(rows, parts, -1).max(dim=-1)
+    largest, indices = logits.view(rows, parts, -1).max(dim=-1)
     best, part = largest.max(dim=-1)
-    return best, part * (size // parts) + places.gather(1, part[:, None])[:, 0]
+    return best, part * (size // parts) + indices.gather(1, part[:, None])[:, 0]
 
 
 def logprobs_of(logits: Tensor, targets: Tensor, top: int = 0) -> Logprobs:
@@ -243,17 +243,17 @@ class Sampler:
         """Return the logits with penalties, biases, then masks: repetition over prompt and output,
         frequency and presence over output.
         """
-        if not given.keys() & {"penalty_places", "bias_places", "masks"}:
+        if not given.keys() & {"penalty_indices", "bias_indices", "masks"}:
             return logits
         logits = logits.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
         flat = logits.view(-1)
-        if "penalty_places" in given:
-            old, repetition = flat[given["penalty_places"]], given["repetition"]
-            flat[given["penalty_places"]] = (
+        if "penalty_indices" in given:
+            old, repetition = flat[given["penalty_indices"]], given["repetition"]
+            flat[given["penalty_indices"]] = (
                 torch.where(old > 0, old / repetition, old * repetition) - given["penalty"]
             )
-        if "bias_places" in given:
-            flat.index_add_(0, given["bias_places"], given["bias"])
+        if "bias_indices" in given:
+            flat.index_add_(0, given["bias_indices"], given["bias"])
         if "masks" in given:
             rows = given["masked_rows"]
             forbidden = (given["masks"].view(torch.uint8)[:, :, None] & self._bits == 0).flatten(1)[

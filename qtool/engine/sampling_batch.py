@@ -25,7 +25,7 @@ class History:
         self._size = len(distinct)
         self._ids: NDArray[np.int64] = np.concatenate([distinct, np.zeros(256, np.int64)])
         self._counts: NDArray[np.float32] = np.zeros(len(self._ids), np.float32)
-        self._places = {token: place for place, token in enumerate(distinct.tolist())}
+        self._indices = {token: index for index, token in enumerate(distinct.tolist())}
         for token in output_ids:
             self.append(token)
 
@@ -42,15 +42,15 @@ class History:
 
     def append(self, token: int) -> None:
         """Count one generated token."""
-        place = self._places.setdefault(token, self._size)
-        if place == self._size:
-            if place == len(self._ids):
+        index = self._indices.setdefault(token, self._size)
+        if index == self._size:
+            if index == len(self._ids):
                 self._ids, self._counts = (
                     np.concatenate([old, np.zeros_like(old)]) for old in (self._ids, self._counts)
                 )
-            self._ids[place] = token
+            self._ids[index] = token
             self._size += 1
-        self._counts[place] += 1
+        self._counts[index] += 1
 
     def counts(
         self, vocab_size: int, drafts: Sequence[int] = ()
@@ -63,10 +63,10 @@ class History:
             self.append(token)
         found = self._counts_now(vocab_size)
         for token in drafts:
-            self._counts[self._places[token]] -= 1
+            self._counts[self._indices[token]] -= 1
         for token in {*drafts}:
-            if self._places[token] >= size:
-                del self._places[token]
+            if self._indices[token] >= size:
+                del self._indices[token]
         self._size = size
         return found
 
@@ -202,7 +202,7 @@ def _filters(
 
 def _penalties(requests: Sequence[RowRequest], vocab_size: int) -> Arrays:
     """Return which logits of the flat [R * V] are penalized, and by how much."""
-    places: list[NDArray[np.int64]] = []
+    indices: list[NDArray[np.int64]] = []
     repetitions: list[NDArray[np.float32]] = []
     penalties: list[NDArray[np.float32]] = []
     for row, request in enumerate(requests):
@@ -211,13 +211,13 @@ def _penalties(requests: Sequence[RowRequest], vocab_size: int) -> Arrays:
         params = request.params
         ids, counts = request.history.counts(vocab_size, request.drafts)
         penalty = params.frequency_penalty * counts + params.presence_penalty * (counts > 0)
-        places.append(ids + row * vocab_size)
+        indices.append(ids + row * vocab_size)
         repetitions.append(np.full(len(ids), params.repetition_penalty, np.float32))
         penalties.append(penalty.astype(np.float32))
-    if not places:
+    if not indices:
         return {}
     return {
-        "penalty_places": np.concatenate(places),
+        "penalty_indices": np.concatenate(indices),
         "repetition": np.concatenate(repetitions),
         "penalty": np.concatenate(penalties),
     }
@@ -225,18 +225,18 @@ def _penalties(requests: Sequence[RowRequest], vocab_size: int) -> Arrays:
 
 def _biases(requests: Sequence[RowRequest], vocab_size: int) -> Arrays:
     """Return what is added to which logits of the flat [R * V]."""
-    places: list[int] = []
+    indices: list[int] = []
     biases: list[float] = []
     for row, request in enumerate(requests):
         added = list(request.params.biases.items())
         if request.forbids_ends:
             added += [(token, -np.inf) for token in request.end_ids]
         inside = [(token, bias) for token, bias in added if 0 <= token < vocab_size]
-        places += [token + row * vocab_size for token, _ in inside]
+        indices += [token + row * vocab_size for token, _ in inside]
         biases += [bias for _, bias in inside]
-    if not places:
+    if not indices:
         return {}
-    return {"bias_places": np.array(places, np.int64), "bias": np.array(biases, np.float32)}
+    return {"bias_indices": np.array(indices, np.int64), "bias": np.array(biases, np.float32)}
 
 
 def _masks(requests: Sequence[RowRequest]) -> Arrays:

@@ -302,10 +302,10 @@ class Scheduler:
         """Copy the states of ``sequence`` after this step, where that is wanted."""
         if self.snapshots is None or sequence.computed not in sequence.snapshots_at:
             return
-        place = self.snapshots.save(sequence.digests[sequence.computed // PAGE - 1])
-        if place is not None:
+        index = self.snapshots.save(sequence.digests[sequence.computed // PAGE - 1])
+        if index is not None:
             assert sequence.row is not None
-            self._saves.append((sequence.row, place))
+            self._saves.append((sequence.row, index))
 
     def _admit(self, sequence: SequenceState, updates: list[tuple[int, int, int]]) -> bool:
         """Give the first that waits a row and the pages of its tokens, unless they are scarce."""

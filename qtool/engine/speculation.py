@@ -21,7 +21,7 @@ from qtool.engine.outputs import SpecCounts
 
 LOG = logging.getLogger("qtool.engine")
 LOG_INTERVAL_S = 10.0
-MAX_PLACES = 4096  # of one token, the latest, where longer matches are looked for
+MAX_MATCHES = 4096  # of one token, the latest, where longer matches are looked for
 
 
 class Drafter(Protocol):
@@ -88,17 +88,17 @@ class NgramDrafter:
         self._size = size
 
     def _match(self) -> int | None:
-        """Return where the longest known end of the tokens came last before, the place of its last
+        """Return where the longest known end of the tokens came last before, the index of its last
         token; None where it is too short.
         """
         ids, last = self._ids, self._size - 1
-        places = (ids[:last] == ids[last]).nonzero()[0][-MAX_PLACES:]
+        matches = (ids[:last] == ids[last]).nonzero()[0][-MAX_MATCHES:]
         length = best = 0
-        while len(places) and length < self._speculation.max_window:
+        while len(matches) and length < self._speculation.max_window:
             length += 1
-            best = int(places[-1])
-            places = places[places >= length]
-            places = places[ids[places - length] == ids[last - length]]
+            best = int(matches[-1])
+            matches = matches[matches >= length]
+            matches = matches[ids[matches - length] == ids[last - length]]
         return best if length >= self._speculation.min_window else None
 
 

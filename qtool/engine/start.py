@@ -154,21 +154,21 @@ def open_tokenizer(checkpoint: Checkpoint, path: str | os.PathLike[str] | None) 
     """
     from transformers import AutoTokenizer
 
-    place = resolve_model(os.fspath(path)) if path else checkpoint.place
-    folder = as_folder(place) if path else checkpoint.path
+    source = resolve_model(os.fspath(path)) if path else checkpoint.place
+    folder = as_folder(source) if path else checkpoint.path
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # whatever a file from outside makes of it
         hint = "tokenizer_path names another folder; skip_tokenizer_init takes input_ids"
         raise CheckpointRefused(
             "E_TOKENIZER",
-            f"{place} has no tokenizer that loads ({type(error).__name__})",
+            f"{source} has no tokenizer that loads ({type(error).__name__})",
             hint=hint,
         ) from error
     if not tokenizer.is_fast:
         raise CheckpointRefused(
             "E_TOKENIZER",
-            f"{place} has no tokenizer.json",
+            f"{source} has no tokenizer.json",
             hint="save the tokenizer again with a recent transformers",
         )
     tokenizer.backend_tokenizer.no_truncation()

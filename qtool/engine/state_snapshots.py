@@ -36,9 +36,9 @@ class StateSnapshots:
         restore; None: it starts anew.
         """
         for count in range(len(digests), 0, -1):
-            if (place := self._kept.get(digests[count - 1])) is not None:
+            if (index := self._kept.get(digests[count - 1])) is not None:
                 self._kept.move_to_end(digests[count - 1])
-                return count, place
+                return count, index
         return 0, None
 
     def save(self, digest: bytes) -> int | None:
@@ -48,20 +48,20 @@ class StateSnapshots:
         if digest in self._kept or digest in self._fresh:
             return None
         if self._unused:
-            place = self._unused.pop()
+            index = self._unused.pop()
         elif self._kept:
-            _, place = self._kept.popitem(last=False)
+            _, index = self._kept.popitem(last=False)
         else:
             return None
-        self._fresh[digest] = place
-        return place
+        self._fresh[digest] = index
+        return index
 
     def forget(self, digests: Iterable[bytes]) -> None:
         """Let nobody find the states after these pages."""
         for digest in digests:
             for known in (self._kept, self._fresh):
-                if (place := known.pop(digest, None)) is not None:
-                    self._unused.append(place)
+                if (index := known.pop(digest, None)) is not None:
+                    self._unused.append(index)
 
     def forget_all(self) -> None:
         """Let nobody find what is kept now."""

@@ -57,7 +57,7 @@ class StepInputs(Generic[Ints]):
     kept: Ints
     """[R]: the tokens whose logits are wanted."""
     table_index: Ints
-    """[U]: the places in the flat page table that change."""
+    """[U]: the indices in the flat page table that change."""
     table_pages: Ints
     """[U]: the pages that stand there from now on."""
 
@@ -115,7 +115,7 @@ class StepBuffer:
 def fill_tokens(
     inputs: StepInputs[NDArray[np.int32]], chunks: Sequence[Chunk], start: int = 0
 ) -> int:
-    """Write the tokens of ``chunks`` side by side from place ``start`` on; return where they
+    """Write the tokens of ``chunks`` side by side from index ``start`` on; return where they
     end.
     """
     token_ids: list[int] = []
@@ -142,9 +142,9 @@ def fill_updates(
 ) -> None:
     """Write changes (row, column, page) of the page table ``table`` [rows, columns]."""
     columns = table.shape[1]
-    for place, (row, column, page) in enumerate(updates):
-        inputs.table_index[place] = row * columns + column
-        inputs.table_pages[place] = page
+    for index, (row, column, page) in enumerate(updates):
+        inputs.table_index[index] = row * columns + column
+        inputs.table_pages[index] = page
 
 
 def update_table(table: Tensor, inputs: StepInputs[Tensor]) -> None:

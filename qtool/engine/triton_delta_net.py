@@ -167,7 +167,7 @@ def _inputs(  # type: ignore[no-untyped-def]
     rows,
     positions,
     begin,
-    place,
+    index,
     c,
     inside,
     row,
@@ -176,18 +176,19 @@ def _inputs(  # type: ignore[no-untyped-def]
     INPUTS: tl.constexpr,
     DRAFTS: tl.constexpr,
 ):
-    """Return the inputs of the channels ``c`` at ``place`` of a sequence of ``row`` that goes on at
-    ``position`` with the token ``begin``; those before it come from its ``state``, or are zeros.
+    """Return the inputs of the channels ``c`` of token ``index`` of a sequence of ``row`` that goes
+    on at ``position`` with the token ``begin``; those before it come from its ``state``, or are
+    zeros.
     """
-    token = begin + place
-    is_here = place >= 0
+    token = begin + index
+    is_here = index >= 0
     if DRAFTS:  # a draft follows tokens of its own step
-        exists = (place < 0) & (token >= 0)
-        is_here |= _is_at(rows, positions, token, exists, row, position + place)
+        exists = (index < 0) & (token >= 0)
+        is_here |= _is_at(rows, positions, token, exists, row, position + index)
     here = tl.load(x + token.to(tl.int64) * C + c, mask=inside & is_here, other=0.0)
-    is_before = (position + place >= 0) & (is_here == 0)
+    is_before = (position + index >= 0) & (is_here == 0)
     before = tl.load(
-        state + (position + place) % INPUTS * C + c, mask=inside & is_before, other=0.0
+        state + (position + index) % INPUTS * C + c, mask=inside & is_before, other=0.0
     )
     return tl.where(is_here, here, before)
 
@@ -223,14 +224,14 @@ def _convolve(  # type: ignore[no-untyped-def]
     state += row.to(tl.int64) * (C * INPUTS)
     total = tl.zeros((TOKENS, CHANNELS), tl.float32)
     for i in tl.static_range(KERNEL):
-        place = t - (KERNEL - 1) + i
+        index = t - (KERNEL - 1) + i
         value = _inputs(
             x,
             state,
             rows,
             positions,
             begin,
-            place,
+            index,
             c,
             inside,
             row,
@@ -301,7 +302,7 @@ def _decode(  # type: ignore[no-untyped-def]
         )
     i = tl.arange(0, K_PADDED)
     j = part * VALUES + tl.arange(0, VALUES)
-    place, inside, state = _begin(
+    pointers, inside, state = _begin(
         x,
         conv,
         matrix,
@@ -344,7 +345,7 @@ def _decode(  # type: ignore[no-untyped-def]
         q *= tl.rsqrt(tl.sum(q * q, 0) + EPSILON) * K**-0.5
         result = tl.sum(state * q[:, None], 0)
         tl.store(out + (at * heads + head) * V + j, result.to(out.dtype.element_ty), mask=j < V)
-        tl.store(place, state, mask=inside & (n == 0))
+        tl.store(pointers, state, mask=inside & (n == 0))
         if DRAFTS:
             kept = drafted + (position + n) % (2 * DRAFTS + 1) * (size + 2 * heads)
             is_first = (part == 0) & (head % SHARED == 0)
@@ -403,7 +404,7 @@ def _add_chunks(  # type: ignore[no-untyped-def]
     j = part * VALUES + tl.arange(0, VALUES)
     n = tl.arange(0, TOGETHER)
     row, position = tl.load(rows + begin).to(tl.int64), tl.load(positions + begin)
-    place, inside, state = _begin(
+    matrices, inside, state = _begin(
         x,
         conv,
         matrix,
@@ -455,12 +456,12 @@ def _add_chunks(  # type: ignore[no-untyped-def]
         seen_keys = since * tl.dot(q, tl.trans(k), input_precision=PRECISION)
         result = whole * tl.dot(q, state, input_precision=PRECISION)
         result += tl.dot(seen_keys, written, input_precision=PRECISION)
-        places = out + (token * heads + head)[:, None] * V + j[None, :]
-        tl.store(places, result.to(out.dtype.element_ty), mask=is_value)
+        pointers = out + (token * heads + head)[:, None] * V + j[None, :]
+        tl.store(pointers, result.to(out.dtype.element_ty), mask=is_value)
         last = tl.sum(log_decay, 0)
         left = tl.trans(tl.exp(last - total)[:, None] * k)
         state = tl.exp(last) * state + tl.dot(left, written, input_precision=PRECISION)
-    tl.store(place, state, mask=inside)
+    tl.store(matrices, state, mask=inside)
 
 
 @triton.jit
@@ -496,9 +497,9 @@ def _begin(  # type: ignore[no-untyped-def]
     first = (head * tl.num_programs(2) + part) * KEPT
     conv += row * (C * INPUTS)
     _keep_inputs(x, conv, begin, end, position, first, C, INPUTS, KEPT, KEPT_PADDED)
-    place = matrix + ((row * tl.num_programs(1) + head) * K + i[:, None]) * V + j[None, :]
+    pointers = matrix + ((row * tl.num_programs(1) + head) * K + i[:, None]) * V + j[None, :]
     inside = (i < K)[:, None] & (j < V)[None, :]
-    return place, inside, tl.load(place, mask=inside & (position > 0), other=0.0)
+    return pointers, inside, tl.load(pointers, mask=inside & (position > 0), other=0.0)
 
 
 @triton.jit
@@ -520,9 +521,9 @@ def _keep_inputs(  # type: ignore[no-untyped-def]
     inside = (n < KEPT) & (c < C)
     x += begin.to(tl.int64) * C
     count = end - begin
-    for place in range(tl.maximum(0, count - INPUTS), count):
-        value = tl.load(x + place * C + c, mask=inside)
-        tl.store(state + (position + place) % INPUTS * C + c, value, mask=inside)
+    for index in range(tl.maximum(0, count - INPUTS), count):
+        value = tl.load(x + index * C + c, mask=inside)
+        tl.store(state + (position + index) % INPUTS * C + c, value, mask=inside)
 
 
 def gated_norm(
@@ -573,12 +574,12 @@ def _gated_norm(  # type: ignore[no-untyped-def]
     head = (tl.program_id(1) * TOGETHER + tl.arange(0, TOGETHER))[:, None]
     d = tl.arange(0, D_PADDED)[None, :]
     inside = (head < HEADS) & (d < D)
-    place = head * D + d
+    channel = head * D + d
     dtype: tl.constexpr = x.dtype.element_ty
     factor = tl.load(weight + d, mask=d < D, other=0.0)
     start_early(PDL)
-    value = tl.load(x + t * HEADS * D + place, mask=inside, other=0.0).to(tl.float32)
-    turned = tl.load(gate + t * stride_gate_token + place, mask=inside, other=0.0).to(tl.float32)
+    value = tl.load(x + t * HEADS * D + channel, mask=inside, other=0.0).to(tl.float32)
+    turned = tl.load(gate + t * stride_gate_token + channel, mask=inside, other=0.0).to(tl.float32)
     value = value * tl.rsqrt(tl.sum(value * value, 1, keep_dims=True) / D + eps)
     product = value.to(dtype).to(tl.float32) * factor.to(tl.float32)
     if factor.dtype == dtype:  # a wider weight makes the product as wide
@@ -586,10 +587,10 @@ def _gated_norm(  # type: ignore[no-untyped-def]
     result = (product * (turned * tl.sigmoid(turned))).to(dtype)
     out += t * HEADS * D
     if scales is None:
-        tl.store(out + place, result, mask=inside)
+        tl.store(out + channel, result, mask=inside)
     else:
         result = result.to(tl.float32)
         largest = tl.max(tl.max(tl.abs(result), 1, keep_dims=True), 0, keep_dims=True)
         scale = scale_of(largest, FP8)
         tl.store(scales + t + tl.zeros((1, 1), tl.int32), scale)
-        tl.store(out + place, codes_of(result, scale, FP8), mask=inside)
+        tl.store(out + channel, codes_of(result, scale, FP8), mask=inside)

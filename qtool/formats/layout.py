@@ -261,7 +261,7 @@ def shared_unsupported_reason(
         return "embeddings: rows are looked up in them, and here all layers multiply"
     if weight.codebook is not None:
         return (
-            f"codebook: codes of {module.scheme.weights.format} are places in a table, and here "
+            f"codebook: codes of {module.scheme.weights.format} are indices of a table, and here "
             "they are numbers"
         )
     if module.experts > 1:

@@ -65,21 +65,21 @@ class MtpLayer(nn.Module):
         """
         both = [self.embedding_norm(self.embeddings(token_ids)), self.hidden_norm(hidden)]
         x = self.projection(torch.cat(both, dim=-1))[None]
-        places = positions[None]
+        position_ids = positions[None]
         x = self.block(
             x,
             attention_mask=None,
-            position_ids=places,
+            position_ids=position_ids,
             past_key_values=None,
             use_cache=False,
-            position_embeddings=self.rotary(x, position_ids=self._rotated(places)),
+            position_embeddings=self.rotary(x, position_ids=self._rotated(position_ids)),
         )
         normed: Tensor = self.norm(x)[0]
         return normed
 
-    def _rotated(self, places: Tensor) -> Tensor:
-        """Return ``places`` [1, T] as the rotary embeddings take them."""
-        return places if self.grid_count == 1 else places.expand(self.grid_count, 1, -1)
+    def _rotated(self, position_ids: Tensor) -> Tensor:
+        """Return ``position_ids`` [1, T] as the rotary embeddings take them."""
+        return position_ids if self.grid_count == 1 else position_ids.expand(self.grid_count, 1, -1)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the logits [T, V] of what `forward` returned."""

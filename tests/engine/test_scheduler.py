@@ -135,7 +135,7 @@ class Device:
                 self.touched.add(sequence)
                 for position in range(chunk.start, chunk.start + chunk.count):
                     self.slots[self.place(chunk, position)] = BAD
-        self.snapshots.update((place, self.states[row]) for row, place in step.saves)
+        self.snapshots.update((index, self.states[row]) for row, index in step.saves)
 
     def ahead(self, chunk: Chunk) -> list[int]:
         """The tokens up to the end of ``chunk``, drafted ones too."""

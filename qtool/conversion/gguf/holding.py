@@ -42,7 +42,7 @@ def _format_reason(weight: QuantizedWeight) -> str | None:
     if weight.offset is not None:
         return "offset: its minima are kept in GGUF's own blocks alone"
     if weight.codebook is not None:
-        return "format: its codes are places in a codebook that no type of GGUF has"
+        return "format: its codes are indices of a codebook that no type of GGUF has"
     return None
 
 

@@ -203,9 +203,9 @@ def _attend_parts(  # type: ignore[no-untyped-def]
     k_key = gl.arange(0, KEYS, gl.SliceLayout(1, K_READ))
     v_key = gl.arange(0, KEYS, gl.SliceLayout(1, V_READ))
     word = gl.arange(0, WORDS, gl.SliceLayout(0, K_READ))[None, :]
-    k_places = k_pages + head * stride_page_head + k_key[:, None] % PAGE * WORDS + word
+    k_pointers = k_pages + head * stride_page_head + k_key[:, None] % PAGE * WORDS + word
     word = gl.arange(0, WORDS, gl.SliceLayout(0, V_READ))[None, :]
-    v_places = v_pages + head * stride_page_head + v_key[:, None] % PAGE * WORDS + word
+    v_pointers = v_pages + head * stride_page_head + v_key[:, None] % PAGE * WORDS + word
     key = gl.arange(0, KEYS, gl.SliceLayout(1, MMA))
 
     total = gl.full([COLUMNS], 0.0, gl.float32, gl.SliceLayout(0, MMA))
@@ -213,13 +213,13 @@ def _attend_parts(  # type: ignore[no-untyped-def]
     acc = gl.zeros([HEAD_DIM, COLUMNS], gl.float32, MMA)
     # a step computes with what the step before it has read, from pages found in the one before that
     found = _find(pages, begin, end, last, stride_page, PAGE)
-    next_k = _read(k_places, k_key, found, begin, end, last, KEYS, PAGE)
-    next_v = _read(v_places, v_key, found, begin, end, last, KEYS, PAGE)
+    next_k = _read(k_pointers, k_key, found, begin, end, last, KEYS, PAGE)
+    next_v = _read(v_pointers, v_key, found, begin, end, last, KEYS, PAGE)
     found = _find(pages, begin + 1, end, last, stride_page, PAGE)
     for step in range(begin, end):
         k, v = _f16(next_k), _f16_by_pairs(next_v)
-        next_k = _read(k_places, k_key, found, step + 1, end, last, KEYS, PAGE)
-        next_v = _read(v_places, v_key, found, step + 1, end, last, KEYS, PAGE)
+        next_k = _read(k_pointers, k_key, found, step + 1, end, last, KEYS, PAGE)
+        next_v = _read(v_pointers, v_key, found, step + 1, end, last, KEYS, PAGE)
         found = _find(pages, step + 2, end, last, stride_page, PAGE)
         k = k.reshape([KEYS, 2, 4, 2, 8]).permute(0, 1, 3, 2, 4).reshape([KEYS, HEAD_DIM])
         k = gl.convert_layout(k, K, assert_trivial=True)
@@ -236,8 +236,8 @@ def _attend_parts(  # type: ignore[no-untyped-def]
         acc = mma_v2(v, weights, acc * kept[None, :])
         top = new_top
 
-    place = token.to(gl.int64) * gl.num_programs(0) + head
-    mine = (place * gl.num_programs(1) + part) * SHARED
+    group = token.to(gl.int64) * gl.num_programs(0) + head
+    mine = (group * gl.num_programs(1) + part) * SHARED
     column = gl.arange(0, COLUMNS, gl.SliceLayout(0, MMA))
     row = gl.arange(0, HEAD_DIM, gl.SliceLayout(1, MMA))
     dv = row % 8 * 16 + row // 8
@@ -262,12 +262,12 @@ def _find(  # type: ignore[no-untyped-def]
 
 @gluon.jit
 def _read(  # type: ignore[no-untyped-def]
-    places, key, found, step, end, last, KEYS: gl.constexpr, PAGE: gl.constexpr
+    pointers, key, found, step, end, last, KEYS: gl.constexpr, PAGE: gl.constexpr
 ):
     """Return the keys or values of ``step``, int32 [KEYS, WORDS]; zeros where there is none."""
     begins = gl.where(key < PAGE, found[0], found[1])[:, None]
     visible = (key <= last - step * KEYS) & (step < end)
-    return gl.load(places + begins, mask=visible[:, None], other=0)
+    return gl.load(pointers + begins, mask=visible[:, None], other=0)
 
 
 @gluon.jit
@@ -284,7 +284,7 @@ def _f16(x):  # type: ignore[no-untyped-def]
         is_pure=True,
         pack=1,
     )
-    # by the half of the int32, then the place in it
+    # by the half of the int32, then the position in it
     numbers = gl.join(gl.join(a, c), gl.join(b, d))
     return numbers.reshape([x.shape[0], 4 * x.shape[1]])
 
@@ -292,7 +292,7 @@ def _f16(x):  # type: ignore[no-untyped-def]
 @gluon.jit
 def _f16_by_pairs(x):  # type: ignore[no-untyped-def]
     """Return the four FP8 numbers of each int32 of ``x`` [N, C] in f16, those of two rows beside
-    each other: [N / 2, C, 2, 2, 2], by the half of the int32, the place in it, and the row.
+    each other: [N / 2, C, 2, 2, 2], by the half of the int32, the position in it, and the row.
     """
     even, odd = gl.split(x.reshape([x.shape[0] // 2, 2, x.shape[1]]).permute(0, 2, 1))
     a, b, c, d, e, f, g, h = gl.inline_asm_elementwise(
@@ -341,7 +341,7 @@ def _sum_parts(  # type: ignore[no-untyped-def]
     head, token = tl.program_id(0), tl.program_id(1)
     steps = tl.load(positions + token) // KEYS + 1
     count = tl.cdiv(steps, tl.maximum(tl.cdiv(steps, parts), least))
-    place = token.to(tl.int64) * tl.num_programs(0) + head
+    group = token.to(tl.int64) * tl.num_programs(0) + head
     tops = sums + tl.num_programs(1).to(tl.int64) * tl.num_programs(0) * parts * SHARED
     dv = tl.program_id(2) * WIDTH + tl.arange(0, WIDTH)
     add_parts(
@@ -349,7 +349,7 @@ def _sum_parts(  # type: ignore[no-untyped-def]
         sums,
         tops,
         out,
-        place,
+        group,
         count,
         v_scale,
         dv,

@@ -517,12 +517,12 @@ def _load(  # type: ignore[no-untyped-def]
         gl.thread_barrier()
         mbarrier.expect(queries_in, 2 * (PARTS + EXPANDED) * q.block_type.nbytes)
         for i in gl.static_range(2 * PARTS):
-            place = [token + i // PARTS * HALF, head * TOGETHER, i % PARTS * WIDE]
-            tma.async_copy_global_to_shared(q, place, queries_in, queries.index(i))
+            corner = [token + i // PARTS * HALF, head * TOGETHER, i % PARTS * WIDE]
+            tma.async_copy_global_to_shared(q, corner, queries_in, queries.index(i))
         if EXPANDED:
             for i in gl.static_range(2):
-                place = [token + i * HALF, head, 0]
-                tma.async_copy_global_to_shared(q_rope, place, queries_in, rope_queries.index(i))
+                corner = [token + i * HALF, head, 0]
+                tma.async_copy_global_to_shared(q_rope, corner, queries_in, rope_queries.index(i))
         last = position + gl.minimum(left, 2 * HALF) - 1
         tiles = last // KEYS + 1
         next_item = item
@@ -781,9 +781,9 @@ def _attend(  # type: ignore[no-untyped-def]
         )
         result = gl.convert_layout(result.to(dtype), STORED)
         row = GROUP * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, STORED))
-        place = row // TOGETHER * stride_out_token + (head * TOGETHER + row % TOGETHER) * DV
+        offsets = row // TOGETHER * stride_out_token + (head * TOGETHER + row % TOGETHER) * DV
         d = gl.arange(0, DV, gl.SliceLayout(0, STORED))
-        pointers = out + token.to(gl.int64) * stride_out_token + place[:, None] + d[None, :]
+        pointers = out + token.to(gl.int64) * stride_out_token + offsets[:, None] + d[None, :]
         gl.store(pointers, result, mask=(row // TOGETHER < left)[:, None])
         mbarrier.wait(queries_in, number % 2)
         left = _read(mail, 1)

@@ -242,10 +242,12 @@ def _load_queries(  # type: ignore[no-untyped-def]
     q, token, head, inside, heads, RANK: tl.constexpr, ROTARY: tl.constexpr
 ):
     """Return the parts of the queries of rows for latents and for rotary parts."""
-    place = q + (token.to(tl.int64) * heads + head) * (RANK + ROTARY)
-    latent = tl.load(place[:, None] + tl.arange(0, RANK)[None, :], mask=inside[:, None], other=0.0)
+    pointers = q + (token.to(tl.int64) * heads + head) * (RANK + ROTARY)
+    latent = tl.load(
+        pointers[:, None] + tl.arange(0, RANK)[None, :], mask=inside[:, None], other=0.0
+    )
     rotary = tl.load(
-        place[:, None] + RANK + tl.arange(0, ROTARY)[None, :], mask=inside[:, None], other=0.0
+        pointers[:, None] + RANK + tl.arange(0, ROTARY)[None, :], mask=inside[:, None], other=0.0
     )
     return latent, rotary
 
@@ -281,10 +283,10 @@ def _attend_tiles(  # type: ignore[no-untyped-def]
         visible = (keys <= last)[:, None]
         # a step ahead, so that no load waits for another of its step
         next_page = tl.load(table_row + (keys + KEYS) // PAGE, mask=keys + KEYS <= last, other=0)
-        place = pages + page.to(tl.int64) * stride_page + (keys % PAGE) * (RANK + ROTARY)
-        kept = tl.load(place[:, None] + tl.arange(0, RANK)[None, :], mask=visible, other=0.0)
+        pointers = pages + page.to(tl.int64) * stride_page + (keys % PAGE) * (RANK + ROTARY)
+        kept = tl.load(pointers[:, None] + tl.arange(0, RANK)[None, :], mask=visible, other=0.0)
         k_rope = tl.load(
-            place[:, None] + RANK + tl.arange(0, ROTARY)[None, :], mask=visible, other=0.0
+            pointers[:, None] + RANK + tl.arange(0, ROTARY)[None, :], mask=visible, other=0.0
         )
         kept, k_rope = kept.to(latent.dtype), k_rope.to(latent.dtype)
         logits = tl.dot(latent, tl.trans(kept), input_precision="ieee")
@@ -437,9 +439,11 @@ def _prefill(  # type: ignore[no-untyped-def]
         KEYS,
         STAGES,
     )
-    place = (start + token).to(tl.int64) * heads + head
+    out_rows = (start + token).to(tl.int64) * heads + head
     result = (acc * (scale / total)[:, None]).to(out.dtype.element_ty)
-    tl.store(out + place[:, None] * RANK + tl.arange(0, RANK)[None, :], result, mask=valid[:, None])
+    tl.store(
+        out + out_rows[:, None] * RANK + tl.arange(0, RANK)[None, :], result, mask=valid[:, None]
+    )
 
 
 @triton.jit(**ANY_VALUE)

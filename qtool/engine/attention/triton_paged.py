@@ -419,7 +419,7 @@ def _store_heads(  # type: ignore[no-untyped-def]
 @triton.jit
 def _load(  # type: ignore[no-untyped-def]
     pages,
-    place,
+    offset,
     keys,
     visible,
     MASKED: tl.constexpr,
@@ -427,9 +427,9 @@ def _load(  # type: ignore[no-untyped-def]
     D_PADDED: tl.constexpr,
     PAGE: tl.constexpr,
 ):
-    """Return the keys or values [KEYS, D_PADDED] at ``place``; zeros where none is visible."""
+    """Return the keys or values [KEYS, D_PADDED] at ``offset``; zeros where none is visible."""
     d = tl.arange(0, D_PADDED)
-    pointers = pages + place[:, None] + (keys % PAGE)[:, None] * D + d[None, :]
+    pointers = pages + offset[:, None] + (keys % PAGE)[:, None] * D + d[None, :]
     if MASKED and D != D_PADDED:
         return tl.load(pointers, mask=visible[:, None] & (d < D)[None, :], other=0.0)
     elif MASKED:
@@ -535,8 +535,8 @@ def _attend_tiles(  # type: ignore[no-untyped-def]
         )
         logits = tl.dot(q, tl.trans(_numbers(k, q.dtype)), input_precision="ieee")
         if ROPE:
-            place = page.to(tl.int64) * stride_k_rope
-            k = _load(k_rope, place, keys, visible, MASKED, ROPE, ROPE, PAGE)
+            offset = page.to(tl.int64) * stride_k_rope
+            k = _load(k_rope, offset, keys, visible, MASKED, ROPE, ROPE, PAGE)
             logits = tl.dot(q_rope, tl.trans(k), logits, input_precision="ieee")
         logits *= factor
         if SOFTCAP:
@@ -831,6 +831,6 @@ def prefill_kernel(  # type: ignore[no-untyped-def]
             STAGES,
         )
     dv = tl.arange(0, DV_PADDED)
-    place = (start + token).to(tl.int64) * stride_out_token + query_head * DV
+    offset = (start + token).to(tl.int64) * stride_out_token + query_head * DV
     result = (acc * (v_scale / total)[:, None]).to(out.dtype.element_ty)
-    tl.store(out + place[:, None] + dv[None, :], result, mask=valid[:, None] & (dv < DV)[None, :])
+    tl.store(out + offset[:, None] + dv[None, :], result, mask=valid[:, None] & (dv < DV)[None, :])

@@ -16,7 +16,7 @@ def store_part(  # type: ignore[no-untyped-def]
     partial,
     sums,
     arrived,
-    place,
+    group,
     part,
     parts,
     v_scale,
@@ -26,7 +26,7 @@ def store_part(  # type: ignore[no-untyped-def]
     PARTS: tl.constexpr,
     TOGETHER: tl.constexpr,
 ):
-    """Write the result of the heads at ``place`` of a decode, or keep this of its ``parts`` parts;
+    """Write the result of the heads ``group`` of a decode, or keep this of its ``parts`` parts;
     the last to arrive adds them.
 
     Args:
@@ -38,23 +38,23 @@ def store_part(  # type: ignore[no-untyped-def]
     inside = (row < SHARED)[:, None] & (dv < DV)[None, :]
     if parts == 1:
         result = (acc * (v_scale / total)[:, None]).to(out.dtype.element_ty)
-        tl.store(out + (place * SHARED + row[:, None]) * DV + dv[None, :], result, mask=inside)
+        tl.store(out + (group * SHARED + row[:, None]) * DV + dv[None, :], result, mask=inside)
     elif PARTS > 1:
-        mine = (place * PARTS + part) * SHARED + row
-        places = tl.num_programs(2).to(tl.int64) * tl.num_programs(0)
-        tops = sums + places * PARTS * SHARED
+        mine = (group * PARTS + part) * SHARED + row
+        groups = tl.num_programs(2).to(tl.int64) * tl.num_programs(0)
+        tops = sums + groups * PARTS * SHARED
         tl.store(partial + mine[:, None] * DV + dv[None, :], acc, mask=inside)
         tl.store(sums + mine, total, mask=row < SHARED)
         tl.store(tops + mine, top, mask=row < SHARED)
         tl.debug_barrier()
-        if tl.atomic_add(arrived + place, 1, sem="acq_rel") == parts - 1:
-            tl.store(arrived + place, 0)
+        if tl.atomic_add(arrived + group, 1, sem="acq_rel") == parts - 1:
+            tl.store(arrived + group, 0)
             add_parts(
                 partial,
                 sums,
                 tops,
                 out,
-                place,
+                group,
                 parts,
                 v_scale,
                 dv,
@@ -72,7 +72,7 @@ def add_parts(  # type: ignore[no-untyped-def]
     sums,
     tops,
     out,
-    place,
+    group,
     parts,
     v_scale,
     dv,
@@ -82,13 +82,13 @@ def add_parts(  # type: ignore[no-untyped-def]
     DV: tl.constexpr,
     TOGETHER: tl.constexpr,
 ):
-    """Write the sum of the ``parts`` parts of the heads at ``place`` to ``out``.
+    """Write the sum of the ``parts`` parts of the heads ``group`` to ``out``.
 
     Parts are always added in the same order, ``TOGETHER`` at a time.
 
     Args:
         dv: which numbers of the values.
-        most: parts that there is memory for, at each place.
+        most: parts that there is memory for, of each group of heads.
     """
     member = tl.arange(0, SHARED_PADDED)
     acc = tl.zeros((SHARED_PADDED, dv.shape[0]), tl.float32)
@@ -96,7 +96,7 @@ def add_parts(  # type: ignore[no-untyped-def]
     top = tl.where(member < SHARED, float("-inf"), 0.0)
     for begin in range(0, parts, TOGETHER):
         index = begin + tl.arange(0, TOGETHER)
-        there = (place * most + index)[:, None] * SHARED + member[None, :]
+        there = (group * most + index)[:, None] * SHARED + member[None, :]
         valid = (index < parts)[:, None] & (member < SHARED)[None, :]
         some_tops = tl.load(tops + there, mask=valid, other=float("-inf"), cache_modifier=".cg")
         some_sums = tl.load(sums + there, mask=valid, other=0.0, cache_modifier=".cg")
@@ -114,7 +114,7 @@ def add_parts(  # type: ignore[no-untyped-def]
         top = new_top
     result = (acc * (v_scale / total)[:, None]).to(out.dtype.element_ty)
     tl.store(
-        out + (place * SHARED + member[:, None]) * DV + dv[None, :],
+        out + (group * SHARED + member[:, None]) * DV + dv[None, :],
         result,
         mask=(member < SHARED)[:, None] & (dv < DV)[None, :],
     )

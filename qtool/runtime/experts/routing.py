@@ -57,8 +57,8 @@ def sort_by_expert(experts: Tensor, count: int, size: int) -> Blocks:
     blocks = most_blocks(choices, count, size)
     rows = torch.full((blocks * size,), choices, dtype=torch.int32, device=device)
     chosen = sorted_experts.long()
-    place = torch.arange(choices, device=device) - starts[chosen] + (ends - padded)[chosen]
-    rows.scatter_(0, place, order.int())
+    indices = torch.arange(choices, device=device) - starts[chosen] + (ends - padded)[chosen]
+    rows.scatter_(0, indices, order.int())
     firsts = torch.arange(blocks, device=device) * size
     of_block = torch.searchsorted(ends, firsts, right=True).clamp(max=count - 1)
     return Blocks(rows, of_block.int(), ends[-1:].int(), size, choices, experts.shape[1])

@@ -63,7 +63,7 @@ def unsupported_reason(spec: LinearSpec, device: Device) -> str | None:
     """Support channels, groups of 16 to 128 and blocks of 128 x 128, if humming compiles here."""
     weights, (rows, columns) = spec.scheme.weights, spec.shape
     if weights.format in CODEBOOKS:
-        return f"codes of {weights.format} are places in a table"
+        return f"codes of {weights.format} are indices of a table"
     oldest = 80 if spec.dtype == torch.bfloat16 else 75
     if device.capability < oldest:
         return f"{device} is older than sm_{oldest}, the first for {spec.dtype}"

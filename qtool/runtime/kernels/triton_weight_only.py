@@ -8,7 +8,7 @@ words of a block lie together, [K/block, N, width]. Its scales are 2 or 4 fields
 scales, [K/block, N, groups]; they multiply its weights in 16 bits, which is exact: 2 bits times 4,
 in range.
 
-Codes of a codebook are looked up in registers: a word is four places in a table of 8 bytes, which
+Codes of a codebook are looked up in registers: a word is four indices of a table of 8 bytes, which
 `prmt` reads at once. The table is rounded to 16 bits.
 """
 
@@ -613,7 +613,7 @@ _DECODE: Mapping[tuple[str, torch.dtype], Decode] = {
 
 def _scale(shift: int, base: int = 0) -> tuple[Bits, ...]:
     """Decode two scales a word: 8 bits each, shifted up by ``shift`` over the bits of ``base``."""
-    return tuple((((place - shift, 0xFF << shift),), base) for place in (0, 8))
+    return tuple((((bit - shift, 0xFF << shift),), base) for bit in (0, 8))
 
 
 # of fp4; those of E4M3 get 5 bits of exponent, as they may be subnormal
@@ -729,21 +729,21 @@ def _multiply(  # type: ignore[no-untyped-def]
     for step in tl.range(first, tl.minimum(first + steps_each, steps), num_stages=STAGES):
         for u in tl.static_range(UNROLL):
             block = step * UNROLL + u
-            place = block * N_PADDED + weight_row
+            index = block * N_PADDED + weight_row
             if block_rows is None:
-                tile = tl.load(words + place[:, None] * WIDTH + i[None, :])
+                tile = tl.load(words + index[:, None] * WIDTH + i[None, :])
             else:  # a stack may have more than 2^31 words
-                tile = tl.load(words + place.to(tl.int64)[:, None] * WIDTH + i[None, :])
+                tile = tl.load(words + index.to(tl.int64)[:, None] * WIDTH + i[None, :])
             if FIELDS > 0:
                 scale = tl.load(
-                    scales + place
+                    scales + index
                     if SCALE_ASM is None
-                    else scales + place[:, None] * GROUPS + tl.arange(0, GROUPS)[None, :]
+                    else scales + index[:, None] * GROUPS + tl.arange(0, GROUPS)[None, :]
                 )
                 if offsets is not None:
-                    offset = tl.load(offsets + place)
+                    offset = tl.load(offsets + index)
                 if minima is not None:
-                    minimum = tl.load(minima + place)
+                    minimum = tl.load(minima + index)
             for code in tl.static_range(CODES):
                 if table is None:
                     weight = _number(tile, ASM, code, dtype)

@@ -151,9 +151,9 @@ def _top_experts(  # type: ignore[no-untyped-def]
     if NORMALIZES or OF_CHOSEN:
         weight = tl.div_rn(weight, tl.zeros_like(weight) + tl.sum(weight, 0) + 1e-20)
     weight *= SCALING
-    place = token * TOP_K + j
-    tl.store(weights + place, weight.to(weights.dtype.element_ty), mask=j < TOP_K)
-    tl.store(experts + place, chosen.to(tl.int64), mask=j < TOP_K)
+    index = token * TOP_K + j
+    tl.store(weights + index, weight.to(weights.dtype.element_ty), mask=j < TOP_K)
+    tl.store(experts + index, chosen.to(tl.int64), mask=j < TOP_K)
 
 
 @triton.jit
@@ -195,21 +195,21 @@ def _sort(  # type: ignore[no-untyped-def]
     start_early(PDL)
     counts = tl.zeros((COUNT,), tl.int32)
     for start in range(0, choices, CHUNK):
-        # the last bin is for places without a choice
+        # the last bin is for rows without a choice
         chosen = tl.load(experts + start + i, mask=start + i < choices, other=COUNT - 1)
         counts += tl.histogram(chosen.to(tl.int32), COUNT)
     counts = tl.where(e < tl.num_programs(0), counts, 0)
     padded = (counts + SIZE - 1) // SIZE * SIZE
     first = tl.sum(tl.where(e < expert, padded, 0), 0)
     own = tl.sum(tl.where(e == expert, counts, 0), 0)
-    place = first
+    next_row = first
     for start in range(0, choices, CHUNK):
         chosen = tl.load(experts + start + i, mask=start + i < choices, other=COUNT - 1)
         mine = (chosen == expert).to(tl.int32)
-        tl.store(rows + place + tl.cumsum(mine, 0) - 1, start + i, mask=mine != 0)
-        place += tl.sum(mine, 0)
+        tl.store(rows + next_row + tl.cumsum(mine, 0) - 1, start + i, mask=mine != 0)
+        next_row += tl.sum(mine, 0)
     end = first + (own + SIZE - 1) // SIZE * SIZE
-    missing = place + tl.arange(0, SIZE)
+    missing = next_row + tl.arange(0, SIZE)
     tl.store(rows + missing, choices + tl.zeros_like(missing), mask=missing < end)
     for block in range(first // SIZE, end // SIZE):
         tl.store(of_block + block, expert)

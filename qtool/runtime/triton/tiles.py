@@ -138,12 +138,12 @@ def store_tile(  # type: ignore[no-untyped-def]
 
     With several parts, the last program to arrive does so, after it has added all parts.
     """
-    place = m.to(tl.int64)[None, :] * N + n[:, None]
+    offsets = m.to(tl.int64)[None, :] * N + n[:, None]
     inside = (n[:, None] < N) & (m[None, :] < M)
     if SPLIT:
         parts = tl.num_programs(1)
         size = tl.cast(M, tl.int64) * N
-        tl.store(partial + tl.program_id(1) * size + place, acc, mask=inside)
+        tl.store(partial + tl.program_id(1) * size + offsets, acc, mask=inside)
         tl.debug_barrier()
         if tl.atomic_add(arrived + tl.program_id(0), 1, sem="acq_rel") != parts - 1:
             return
@@ -151,11 +151,11 @@ def store_tile(  # type: ignore[no-untyped-def]
         acc = tl.zeros_like(acc)
         for part in range(parts):
             acc += tl.load(
-                partial + part * size + place, mask=inside, other=0.0, cache_modifier=".cg"
+                partial + part * size + offsets, mask=inside, other=0.0, cache_modifier=".cg"
             )
     if bias is not None:
         acc += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
-    tl.store(y + place, acc.to(y.dtype.element_ty), mask=inside)
+    tl.store(y + offsets, acc.to(y.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -184,5 +184,5 @@ def store_gated(  # type: ignore[no-untyped-def]
     LIMIT: tl.constexpr = GATE[2]
     OFFSET: tl.constexpr = GATE[3]
     value = gate_times_up(gate, up, KIND, ALPHA, LIMIT, OFFSET)
-    place = m.to(tl.int64)[None, :] * (N // 2) + n[:, None]
-    tl.store(y + place, value, mask=(n[:, None] < N // 2) & (m[None, :] < M))
+    offsets = m.to(tl.int64)[None, :] * (N // 2) + n[:, None]
+    tl.store(y + offsets, value, mask=(n[:, None] < N // 2) & (m[None, :] < M))
