@@ -12,7 +12,7 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, Self
+from typing import Protocol, Self, TypeVar
 
 import numpy as np
 
@@ -23,6 +23,8 @@ from qtool.engine.sampling_params import SamplingParams
 from qtool.engine.vectors import Vector
 from qtool.errors import CheckpointRefused, UsageError
 
+T = TypeVar("T")
+P = TypeVar("P", str, list[int])
 LABEL_PARAMS = SamplingParams(max_new_tokens=1, temperature=0)
 """Of requests for the probabilities of labels: they are read off the first generated token."""
 _ROLE_PATTERNS = [
@@ -30,9 +32,9 @@ _ROLE_PATTERNS = [
 ]
 
 
-def make_pairs(first: Sequence[str], second: Sequence[str]) -> list[tuple[str, str]]:
+def make_pairs(first: Sequence[T], second: Sequence[T]) -> list[tuple[T, T]]:
     """Return the pairs to score: the texts of both sides one by one, or the only one of ``first``
-    with each of ``second``.
+    with each of ``second``; texts or lists of tokens.
 
     Raises: UsageError, when the sides differ in length otherwise.
     """
@@ -87,8 +89,8 @@ def ignored_option_reason(options: ScoreOptions) -> str | None:
     return None
 
 
-def join_texts(pairs: Iterable[tuple[str, str]], *, item_first: bool) -> list[str]:
-    """Return the texts after which labels are scored, one for each pair of query and item."""
+def join_pairs(pairs: Iterable[tuple[P, P]], *, item_first: bool) -> list[P]:
+    """Return the prompts after which labels are scored, one for each pair of query and item."""
     return [item + query if item_first else query + item for query, item in pairs]
 
 

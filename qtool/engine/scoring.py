@@ -22,7 +22,7 @@ from qtool.engine.scores import (
     distinct_texts,
     ignored_option_reason,
     instruction_not_shown,
-    join_texts,
+    join_pairs,
     label_scores,
     make_pairs,
     rank,
@@ -32,6 +32,7 @@ from qtool.errors import UsageError
 from qtool.options import arguments_of
 
 Texts = str | Sequence[str]
+Prompts = Texts | Sequence[int] | Sequence[Sequence[int]]
 Scores = list[float] | list[list[float]]
 A = TypeVar("A")
 T = TypeVar("T")
@@ -61,10 +62,10 @@ class PairOptions:
 class ScoreArguments(PairOptions):
     """The arguments of `Engine.score`; the positional ones are SGLang's."""
 
-    query: Texts
-    """One text for all items, or one for each."""
-    items: Texts
-    """The documents to score."""
+    query: Prompts
+    """One text for all items, or one for each; with ``label_token_ids`` it may be tokens."""
+    items: Prompts
+    """The documents to score; tokens where the query is."""
     label_token_ids: Sequence[int] | None = None
     """Tokens whose probabilities are the scores."""
     apply_softmax: bool = False
@@ -154,16 +155,21 @@ class ScoringMethods(ABC):
         problem = ignored_option_reason(given)
         if problem is not None:
             raise UsageError("E_PROMPT", problem, hint="leave it out")
-        pairs = make_pairs(_texts(given.query), _texts(given.items))
         if given.label_token_ids is None:
-            return self._pair_job(pairs, given)
+            return self._pair_job(make_pairs(_texts(given.query), _texts(given.items)), given)
         labels = _as_list(given.label_token_ids)
         if labels == []:
             raise UsageError("E_PROMPT", "label_token_ids is empty", hint="give one label at least")
-        texts = join_texts(pairs, item_first=given.item_first)
+        query, items = _prompts(given.query), _prompts(given.items)
+        if type(query[0]) is not type(items[0]):
+            message = "one of query and items is text, and the other tokens"
+            raise UsageError("E_PROMPT", message, hint="give both as text, or both as tokens")
+        joined = join_pairs(make_pairs(query, items), item_first=given.item_first)
+        is_text = isinstance(joined[0], str)
         requests, _ = self._parser.parse(
             GenerateRequest(
-                prompt=texts,
+                prompt=joined if is_text else None,
+                input_ids=None if is_text else joined,
                 sampling_params=LABEL_PARAMS,
                 return_logprob=True,
                 label_token_ids=labels,
@@ -254,7 +260,15 @@ def _as_list(given: object) -> Any:
     return given.tolist() if hasattr(given, "tolist") else given
 
 
-def _texts(given: Texts) -> Sequence[str]:
+def _prompts(given: Prompts) -> Any:
+    """Return ``given`` as a list of texts, or of lists of tokens. Raises: UsageError."""
+    prompts = _as_list(given)
+    if not isinstance(prompts, (list, tuple)) or not prompts or isinstance(prompts[0], str):
+        return _texts(given)
+    return [list(_as_list(one)) for one in ([prompts] if type(prompts[0]) is int else prompts)]
+
+
+def _texts(given: Prompts) -> Sequence[str]:
     """Return the texts in ``given``. Raises: UsageError."""
     texts = [given] if isinstance(given, str) else _as_list(given)
     if not isinstance(texts, (list, tuple)):

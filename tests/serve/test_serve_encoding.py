@@ -26,7 +26,7 @@ from transformers import AutoTokenizer
 
 from qtool.cli.app import run
 from qtool.engine.engine import Engine
-from qtool.errors import CheckpointRefused
+from qtool.errors import CheckpointRefused, UsageError
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("encoding")]
 TEXTS = ["import os\n", "def add(a, b):\n    return a + b\n", "class Tree:\n"]
@@ -266,7 +266,14 @@ def test_the_engine_gives_the_probabilities_of_labels_as_the_route_does(served):
     answer = httpx.post(f"{served.url}/v1/score", json=given, timeout=60).json()
     with Engine(served.model, device="cpu", dtype="bfloat16", max_total_tokens=4096) as engine:
         scores = engine.score(**given)
+        query, *items = engine.tokenizer([given["query"], *DOCUMENTS])["input_ids"]
+        of_tokens = engine.score(**given | {"query": query, "items": items})
+        with pytest.raises(UsageError, match="the other tokens"):
+            engine.score(**given | {"items": items})
     assert np.array(scores) == pytest.approx(np.array(answer["scores"]), abs=2e-3)
+    given |= {"query": query, "items": items}
+    answer = httpx.post(f"{served.url}/v1/score", json=given, timeout=60).json()
+    assert np.array(of_tokens) == pytest.approx(np.array(answer["scores"]), abs=2e-3)
 
 
 def test_a_classifier_takes_pairs_as_its_tokenizer_puts_them_together(tmp_path):
@@ -313,6 +320,12 @@ def test_a_language_model_gives_the_probabilities_of_labels(served, item_first):
         assert parts == pytest.approx(np.array(scores) / sum(scores), rel=2e-2)
     tokens = httpx.post(f"{served.url}/tokenize", json={"prompt": texts}, timeout=60).json()
     assert answer["usage"]["prompt_tokens"] == sum(tokens["count"])
+    first = tokens["tokens"][0]
+    sides = {"query": first[:2], "items": [first[2:]]}
+    if item_first:
+        sides = {"query": first[2:], "items": [first[:2]]}
+    again = httpx.post(f"{served.url}/v1/score", json=body | sides, timeout=60).json()
+    assert again["scores"][0] == pytest.approx(answer["scores"][0], rel=2e-2)
 
 
 @pytest.mark.parametrize(
@@ -324,10 +337,15 @@ def test_a_language_model_gives_the_probabilities_of_labels(served, item_first):
         ({"label_token_ids": None, "item_first": True}, "value_error"),
         ({"instruction": "Judge."}, "value_error"),
         ({"use_activation": False}, "value_error"),
+        ({"query": [5]}, "value_error"),
+        ({"query": [5], "items": [[6]], "label_token_ids": None}, "value_error"),
         ({"query": "", "items": [""]}, "empty_prompt"),
         ({"query": "x " * 3000}, "context_length_exceeded"),
     ],
-    ids=["unknown", "many", "none", "item-first", "instruction", "activation", "empty", "long"],
+    ids=[
+        *("unknown", "many", "none", "item-first", "instruction", "activation"),
+        *("tokens-and-text", "tokens-without-labels", "empty", "long"),
+    ],
 )
 def test_labels_that_cannot_be_scored_are_refused(served, changed, code):
     body = {"query": "x", "items": ["y"], "label_token_ids": [3], **changed}

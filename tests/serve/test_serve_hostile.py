@@ -270,7 +270,7 @@ REFUSED: dict[str, tuple[str, Callable[[], object], int, str]] = {
         400,
         "logit_bias",
     ),
-    "a bias on a word": (CHAT, lambda: chat(logit_bias={"hello": 1}), 400, "logit_bias"),
+    "a bias on a word": (CHAT, lambda: chat(logit_bias={"hello": 1}), 400, "'hello' is not a"),
     "a huge bias": (CHAT, lambda: chat(logit_bias={"1": 1e308}), 400, "logit_bias"),
     "a stop token that is none": (
         CHAT,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, cast
 
 from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator, WithJsonSchema
@@ -55,8 +56,9 @@ def without_empty(value: object) -> object:
 
 
 def _check_bias_key(key: str) -> str:
-    if not is_token_id(int(key)):
-        raise ValueError(f"token ids are whole numbers from {TOKEN_IDS[0]} to {TOKEN_IDS[1]}")
+    if not (re.fullmatch("[0-9]{1,10}", key) and is_token_id(int(key))):
+        message = f"{key[:40]!r} is not a token id: these are whole numbers from {TOKEN_IDS[0]} to"
+        raise ValueError(f"{message} {TOKEN_IDS[1]}")
     return key
 
 
@@ -93,9 +95,14 @@ def check_prompt(value: object, most: int = MAX_PROMPTS) -> PromptInput:
 def _check_tokens(value: object) -> TokensInput:
     """Accept tokens or lists of tokens."""
     given = check_prompt(value)
-    if isinstance(given, str) or isinstance(given[0], str):
+    if not are_tokens(given):
         raise ValueError("tokens are whole numbers and no text, in a list or in lists")
-    return given
+    return cast(TokensInput, given)
+
+
+def are_tokens(given: PromptInput) -> bool:
+    """Whether ``given``, which is not empty, is tokens and no text."""
+    return not isinstance(given, str) and not isinstance(given[0], str)
 
 
 def is_single(prompt: PromptInput) -> bool:
@@ -193,7 +200,11 @@ ToolName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
 
 LogitBias = Annotated[
     dict[
-        Annotated[str, Field(pattern=r"^[0-9]{1,10}$"), AfterValidator(_check_bias_key)],
+        Annotated[
+            str,
+            AfterValidator(_check_bias_key),
+            WithJsonSchema({"type": "string", "pattern": "^[0-9]{1,10}$"}),
+        ],
         Annotated[float, Field(ge=BIASES[0], le=BIASES[1])],
     ],
     Field(max_length=MAX_IDS),

@@ -22,6 +22,7 @@ from qtool.serve.api.fields import (
     RequestId,
     TokenId,
     Whole,
+    are_tokens,
     check_prompt,
 )
 
@@ -37,6 +38,8 @@ NOT_OFFERED = {
     "lora_request": "this server loads no adapters",
 }
 """Fields of all these routes that would change the answer, and what to do instead."""
+SIDES = (("text_1", "query", "queries", "data_1"), ("text_2", "documents", "items", "data_2"))
+"""The names that each side of a request for scores may have."""
 _IN_TEXT = "write it into the texts, as the model's card says"
 Texts = str | Annotated[list[str], Field(min_length=1, max_length=MAX_INPUTS, fail_fast=True)]
 Input = Annotated[
@@ -116,11 +119,12 @@ class ScoreRequest(PairFields):
     }
     text_1: Texts | None = None
     queries: Texts | None = None
-    query: Texts | None = None
+    query: Input | None = None
+    """SGLang's name, as is ``items``: tokens or texts."""
     data_1: Texts | None = None
     text_2: Texts | None = None
     documents: Texts | None = None
-    items: Texts | None = None
+    items: Input | None = None
     data_2: Texts | None = None
     label_token_ids: (
         Annotated[list[TokenId], Field(min_length=1, max_length=MAX_LABELS, fail_fast=True)] | None
@@ -141,6 +145,10 @@ class ScoreRequest(PairFields):
         problem = ignored_option_reason(self)
         if problem is not None:
             raise ValueError(problem)
+        sides = [getattr(self, name) for names in SIDES for name in names]
+        kinds = {are_tokens(given) for given in sides if given is not None}
+        if True in kinds and (self.label_token_ids is None or False in kinds):
+            raise ValueError("`query` and `items` may be tokens, both, with label_token_ids")
         return self
 
 

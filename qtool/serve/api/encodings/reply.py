@@ -18,7 +18,7 @@ from qtool.engine.scores import (
     cosines,
     distinct_texts,
     instruction_not_shown,
-    join_texts,
+    join_pairs,
     label_scores,
     make_pairs,
     rank,
@@ -26,7 +26,12 @@ from qtool.engine.scores import (
 from qtool.engine.vectors import NO_TEXT, Vector, check_dimensions, vector_of
 from qtool.errors import UsageError
 from qtool.serve.api.answering import json_reply
-from qtool.serve.api.encodings.protocol import EmbeddingRequest, RerankRequest, ScoreRequest
+from qtool.serve.api.encodings.protocol import (
+    SIDES,
+    EmbeddingRequest,
+    RerankRequest,
+    ScoreRequest,
+)
 from qtool.serve.api.encodings.schemas import (
     Embedding,
     Embeddings,
@@ -38,7 +43,7 @@ from qtool.serve.api.encodings.schemas import (
     Score,
     Scores,
 )
-from qtool.serve.api.fields import as_prompts
+from qtool.serve.api.fields import PromptOrTokens, as_prompts
 from qtool.serve.api.prompt import tokenize_prompts
 from qtool.serve.api.replies import Account, log_request
 from qtool.serve.backend.messages import Submission
@@ -48,7 +53,6 @@ from qtool.serve.turns import name_request
 
 WINDOW = 128  # prompts of a request that the engine has at a time
 NUMBER_BYTES = 20  # of a number in JSON
-SIDES = (("text_1", "query", "queries", "data_1"), ("text_2", "documents", "items", "data_2"))
 
 
 class _Run:
@@ -180,7 +184,7 @@ def _as_base64(vector: Vector) -> str:
 async def score(service: Service, body: ScoreRequest) -> Response:
     """Answer ``body``. Raises: UsageError, ModelNotFound, Busy."""
     service.check_model(body.model)
-    pairs = _pairs(body)
+    pairs = cast(list[tuple[str, str]], _pairs(body))
     run = _Run(service, "score", body.rid)
     scores = await _scores(service, run, pairs, body.instruction, body.use_activation)
     return json_reply(
@@ -201,12 +205,12 @@ async def score_labels(service: Service, body: ScoreRequest, labels: Sequence[in
     Raises: UsageError, ModelNotFound, Busy.
     """
     service.check_model(body.model)
-    pairs = _pairs(body)
+    pairs = cast(list[tuple[str, str]], _pairs(body))  # or two lists of tokens each
     check_characters(sum(len(query) + len(item) for query, item in pairs), len(pairs))
-    texts = join_texts(pairs, item_first=bool(body.item_first))
+    joined = join_pairs(pairs, item_first=bool(body.item_first))
     run = _Run(service, "score", body.rid)
-    log_request(texts, NO_TEXT, service.settings)
-    prompts = await service.vocabulary.encode(texts)
+    log_request(joined, NO_TEXT, service.settings)
+    prompts = await tokenize_prompts(service, joined)
     outputs = await run.label_outputs(prompts, labels)
     softmax = bool(body.apply_softmax)
     return json_reply(
@@ -220,15 +224,15 @@ async def score_labels(service: Service, body: ScoreRequest, labels: Sequence[in
     )
 
 
-def _pairs(body: ScoreRequest) -> list[tuple[str, str]]:
+def _pairs(body: ScoreRequest) -> list[tuple[PromptOrTokens, PromptOrTokens]]:
     """Return the pairs that ``body`` names. Raises: UsageError."""
-    sides: list[list[str]] = []
+    sides: list[list[PromptOrTokens]] = []
     for names in SIDES:
         given = [getattr(body, name) for name in names if getattr(body, name) is not None]
         if len(given) != 1:
             message = f"give one of {', '.join(f'`{name}`' for name in names)}"
             raise UsageError("E_PROMPT", message, hint="text_1 and text_2 are vLLM's names")
-        sides.append([given[0]] if isinstance(given[0], str) else cast(list[str], given[0]))
+        sides.append(as_prompts(given[0]))
     return make_pairs(*sides)
 
 
