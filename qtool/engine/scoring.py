@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
-from typing import Any, Generic, TypedDict, TypeVar
+from typing import Any, Generic, TypedDict, TypeVar, cast
 
 from qtool.checkpoint.encoding import Encoding
 from qtool.engine.encoding import EncodeRequest, encode_requests
@@ -160,16 +160,12 @@ class ScoringMethods(ABC):
         labels = _as_list(given.label_token_ids)
         if labels == []:
             raise UsageError("E_PROMPT", "label_token_ids is empty", hint="give one label at least")
-        query, items = _prompts(given.query), _prompts(given.items)
-        if type(query[0]) is not type(items[0]):
-            message = "one of query and items is text, and the other tokens"
-            raise UsageError("E_PROMPT", message, hint="give both as text, or both as tokens")
-        joined = join_pairs(make_pairs(query, items), item_first=given.item_first)
+        joined = _joined_prompts(given)
         is_text = isinstance(joined[0], str)
         requests, _ = self._parser.parse(
             GenerateRequest(
                 prompt=joined if is_text else None,
-                input_ids=None if is_text else joined,
+                input_ids=None if is_text else cast(list[list[int]], joined),
                 sampling_params=LABEL_PARAMS,
                 return_logprob=True,
                 label_token_ids=labels,
@@ -260,11 +256,20 @@ def _as_list(given: object) -> Any:
     return given.tolist() if hasattr(given, "tolist") else given
 
 
-def _prompts(given: Prompts) -> Any:
+def _joined_prompts(given: ScoreArguments) -> list[str]:
+    """Return the text of each query and item, or a list of tokens for each. Raises: UsageError."""
+    pairs = make_pairs(_prompts(given.query), _prompts(given.items))
+    if any(type(query) is not type(item) for query, item in pairs):
+        message = "one of query and items is text, and the other tokens"
+        raise UsageError("E_PROMPT", message, hint="give both as text, or both as tokens")
+    return join_pairs(cast(list[tuple[str, str]], pairs), item_first=given.item_first)
+
+
+def _prompts(given: Prompts) -> list[str] | list[list[int]]:
     """Return ``given`` as a list of texts, or of lists of tokens. Raises: UsageError."""
     prompts = _as_list(given)
     if not isinstance(prompts, (list, tuple)) or not prompts or isinstance(prompts[0], str):
-        return _texts(given)
+        return [*_texts(given)]
     return [list(_as_list(one)) for one in ([prompts] if type(prompts[0]) is int else prompts)]
 
 

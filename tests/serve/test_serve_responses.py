@@ -245,6 +245,16 @@ def test_a_schema_constrains_the_answer(with_client, server):
     assert kind == "json_schema" and json.loads(schema)["required"] == ["city"]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [None, "structural_tag", "json_schema"])
+def test_calls_of_strict_tools_are_held_to_their_schemas(ask, server, kind):
+    form = {"type": "json_schema", "name": "a", "schema": Answer.model_json_schema()}
+    options = {"extra_body": {"text": {"format": form}}} if kind == "json_schema" else {}
+    ask("Hello", tools=[WEATHER | {"strict": kind is not None}], **options)
+    grammar = server.engine.submissions[-1].grammar
+    assert (grammar and grammar[0]) == kind
+
+
 def test_log_probabilities_are_asked_of_the_engine(ask, server):
     ask("Hello", include=["message.output_text.logprobs"], top_logprobs=2)
     assert server.engine.submissions[-1].top_logprobs == 2

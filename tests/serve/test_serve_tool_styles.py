@@ -384,6 +384,27 @@ def test_a_structural_tag_holds_what_the_template_writes(matcher_of, name):
         assert not matcher_of(tag).accept_string(other)
 
 
+@pytest.mark.parametrize("name", FORMS)
+def test_calls_of_strict_tools_are_held_between_text(matcher_of, name):
+    form = dataclasses.replace(form_of(name, "required"), state="closed")
+    call = written(name, [(NAMES[0], {"text": "a b", "count": 3})])
+    call = call.rpartition("</think>")[2].strip().removeprefix("<|python_tag|>")
+    call = re.sub(*AS_HELD.get(name, ("$^", "")), call)
+    strict = [
+        tool.model_copy(update={"function": tool.function.model_copy(update={"strict": True})})
+        for tool in form.choice.tools
+    ]
+    tag = call_tag(choose(strict, "auto"), form.tool_style, parallel=True)
+    if tag is None:  # nothing tells a call from text
+        assert not any(map(call.startswith, tool_styles.STYLES[form.tool_style].markers))
+        return
+    for text in ("", "Hello", call, f"Well: {call}"):
+        matcher = matcher_of(tag)
+        assert matcher.accept_string(text) and matcher.is_completed(), text
+    for other in (call.replace(NAMES[0], "other"), call.replace("count", "counted")):
+        assert not matcher_of(tag).accept_string(other)
+
+
 def test_a_named_call_and_one_without_parallel_calls_are_single(matcher_of):
     name = {"type": "function", "function": {"name": NAMES[1]}}
     for mode, parallel in ((name, True), ("required", False)):

@@ -17,7 +17,7 @@ from qtool.serve.api.fields import Json
 from qtool.serve.api.prompt import render_prompt
 from qtool.serve.api.protocol import ChatRequest
 from qtool.serve.api.replies import Account, log_request
-from qtool.serve.api.sampling import sampling_params
+from qtool.serve.api.sampling import is_constrained, sampling_params
 from qtool.serve.api.tools.choice import Choice, choose, schema_for
 from qtool.serve.api.tools.parsers import call_tag
 from qtool.serve.backend.messages import Submission
@@ -123,11 +123,29 @@ async def count_prompt_tokens(service: Service, body: ChatRequest) -> int:
 def _choice_and_params(
     service: Service, body: ChatRequest, max_tokens: int | None
 ) -> tuple[Choice, SamplingParams]:
-    choice = choose(body.tools, body.tool_choice)
-    parallel = body.parallel_tool_calls is not False
-    forced: tuple[str, Json] | None = None
-    if tag := call_tag(choice, service.tool_style, parallel=parallel):
-        forced = "structural_tag", tag
-    elif schema := schema_for(choice, parallel=parallel):
-        forced = "json_schema", schema
+    choice = _held_choice(service, body)
+    forced = _forced_constraint(service, body, choice)
     return choice, sampling_params(body, service.defaults, max_tokens, forced)
+
+
+def _held_choice(service: Service, body: ChatRequest) -> Choice:
+    """Return what ``body`` lets the model call; not strict where calls cannot be held."""
+    choice = choose(body.tools, body.tool_choice)
+    if choice.is_strict and not service.grammars.can_compile:
+        return choice.not_held("no-xgrammar")
+    if choice.is_strict and is_constrained(body):
+        return choice.not_held("constrained-answer")
+    return choice
+
+
+def _forced_constraint(
+    service: Service, body: ChatRequest, choice: Choice
+) -> tuple[str, Json] | None:
+    """Return the constraint of an answer that must call, or may call strict tools, and its kind."""
+    parallel = body.parallel_tool_calls is not False
+    if tag := call_tag(choice, service.tool_style, parallel=parallel):
+        return "structural_tag", tag
+    if choice.is_strict:
+        choice.not_held(f"style-{service.tool_style}")
+    schema = schema_for(choice, parallel=parallel)
+    return ("json_schema", schema) if schema else None

@@ -146,7 +146,7 @@ class _ChatReply(Reply):
         found = _delta_parts(reader.push(output.text))
         if output.finish is not None:
             found += _delta_parts(reader.finish())
-        return found or ([Delta()] if self._body.logprobs and output.logprobs else [])
+        return found or ([Delta(content="")] if self._body.logprobs and output.logprobs else [])
 
     def _logprobs(self, output: CompletionOutput) -> ChatLogprobs | None:
         if not self._body.logprobs:

@@ -109,7 +109,9 @@ class Conversation:
             self.ask("")
 
 
-def function_tool(name: str, description: str | None, parameters: Json | None) -> Tool:
+def function_tool(
+    name: str, description: str | None, parameters: Json | None, strict: bool | None = None
+) -> Tool:
     """Return a tool with everything that templates of published models ask of one: agents leave out
     a description, and the properties of a function without arguments.
     """
@@ -118,6 +120,7 @@ def function_tool(name: str, description: str | None, parameters: Json | None) -
         name=name,
         description=description or "",
         parameters=given if "properties" in given else {**given, "properties": {}},
+        strict=strict,
     )
     return Tool.model_construct(type="function", function=function)
 

@@ -46,6 +46,11 @@ def sampling_params(
     return SamplingParams.from_dict(values)
 
 
+def is_constrained(request: OpenAISamplingFields) -> bool:
+    """Whether ``request`` names a constraint of its answer, besides its tools."""
+    return bool(_find_constraint(request, None))
+
+
 def _find_constraint(
     request: OpenAISamplingFields, forced: tuple[str, Json] | None
 ) -> dict[str, str]:

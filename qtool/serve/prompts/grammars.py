@@ -52,12 +52,17 @@ class Grammars:
         self._compiling: dict[tuple[str, str, str], _Compilation] = {}
         """By client and grammar, so that no client waits for the turn of another."""
 
+    @property
+    def can_compile(self) -> bool:
+        """Whether there is what grammars need: a tokenizer, and xgrammar."""
+        return bool(self._info.tokenizer) and importlib.util.find_spec("xgrammar") is not None
+
     async def compiled(self, kind: str, text: str) -> str:
         """Return what `Compiler.take` reads.
 
         Raises: UsageError, if the grammar cannot be compiled; ResourceError; TooManyWaiting.
         """
-        if not self._info.tokenizer or importlib.util.find_spec("xgrammar") is None:
+        if not self.can_compile:
             raise UsageError(
                 "E_NO_XGRAMMAR",
                 "this server cannot constrain answers",

@@ -145,7 +145,12 @@ class ScoreRequest(PairFields):
         problem = ignored_option_reason(self)
         if problem is not None:
             raise ValueError(problem)
-        sides = [getattr(self, name) for names in SIDES for name in names]
+        return self
+
+    @model_validator(mode="after")
+    def _check_kinds(self) -> Self:
+        """Refuse tokens on one side only, and where nothing but texts are scored."""
+        sides = [getattr(self, name) for name in (*SIDES[0], *SIDES[1])]
         kinds = {are_tokens(given) for given in sides if given is not None}
         if True in kinds and (self.label_token_ids is None or False in kinds):
             raise ValueError("`query` and `items` may be tokens, both, with label_token_ids")

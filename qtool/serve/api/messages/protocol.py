@@ -151,6 +151,7 @@ class ToolDefinition(Part):
     name: ToolName | None = None
     description: str | None = None
     input_schema: Json | None = None
+    strict: bool | None = None
 
     @property
     def is_own(self) -> bool:

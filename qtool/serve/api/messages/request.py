@@ -50,7 +50,7 @@ def chat_request(body: MessagesRequest, rid: str, template: str | None = None) -
         messages=_conversation(body, template).messages(),
         max_tokens=body.max_tokens,
         tools=[
-            function_tool(tool.name or "", tool.description, tool.input_schema)
+            function_tool(tool.name or "", tool.description, tool.input_schema, tool.strict)
             for tool in body.tools or ()
             if tool.is_own
         ]

@@ -88,8 +88,10 @@ class ToolTable:
         name = function_name(tool.name, namespace)
         is_custom = isinstance(tool, CustomTool)
         self._called[name] = CalledTool(tool.name, namespace, is_custom)
-        parameters = custom_input.SCHEMA if isinstance(tool, CustomTool) else tool.parameters
-        self.functions.append(function_tool(name, _description(tool), parameters))
+        parameters, strict = custom_input.SCHEMA, None
+        if isinstance(tool, FunctionTool):
+            parameters, strict = tool.parameters or {}, tool.strict
+        self.functions.append(function_tool(name, _description(tool), parameters, strict))
 
     def _named(self, choice: ChosenTool) -> NamedTool:
         if choice.type not in ("function", "custom") or choice.name is None:

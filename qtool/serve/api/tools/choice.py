@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from qtool.errors import UsageError, nearest
 from qtool.serve.api.fields import Json
+from qtool.serve.api.other_fields import log_once
 from qtool.serve.api.protocol import AllowedTools, NamedTool, Tool
 
 ToolChoice = Literal["none", "auto", "required"] | NamedTool | AllowedTools
@@ -22,6 +23,23 @@ class Choice:
     mode: Literal["none", "auto", "required", "named"]
     tools: tuple[Tool, ...]
     """The tools that may be called: the ones to show to the template."""
+
+    is_held: bool = True
+    """Whether calls of ``strict`` tools can be held to their schemas."""
+
+    @property
+    def is_strict(self) -> bool:
+        """Whether the model may call tools, and calls are to be held to their schemas."""
+        return (
+            self.is_held
+            and self.mode == "auto"
+            and any(tool.function.strict for tool in self.tools)
+        )
+
+    def not_held(self, reason: str) -> Choice:
+        """Return this choice without `is_strict`, and log why, once for each ``reason``."""
+        log_once("calls of `strict` tools are not held to their schemas (%s)", reason)
+        return replace(self, is_held=False)
 
     @property
     def names(self) -> tuple[str, ...]:

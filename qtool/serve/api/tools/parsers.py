@@ -9,6 +9,7 @@ from qtool.serve.api.protocol import Tool
 from qtool.serve.api.tools.choice import Choice, parameters
 from qtool.serve.api.tools.deltas import ToolParser
 from qtool.serve.api.tools.forced import NamedParser, RequiredParser
+from qtool.serve.api.tools.style import CallForm
 from qtool.serve.api.tools.styles import STYLES
 
 
@@ -21,7 +22,7 @@ def parser_for(choice: Choice, style: str | None) -> ToolParser | None:
     """
     if choice.mode == "none":
         return None
-    form = None if style is None else STYLES[style].form
+    form = _form_of(style)
     if style is not None and (choice.mode == "auto" or form is not None):
         return make_parser(style, choice.tools)
     if choice.mode == "named":
@@ -41,12 +42,19 @@ def tool_markers(choice: Choice, style: str | None) -> tuple[str, ...]:
     return STYLES[style].markers
 
 
+def _form_of(style: str | None) -> CallForm | None:
+    return None if style is None else STYLES[style].form
+
+
 def call_tag(choice: Choice, style: str | None, *, parallel: bool) -> Json | None:
-    """Return the structural tag of an answer that must call a tool in the model's own style; None
-    if it need not, or the style has none.
+    """Return the structural tag of an answer that must call a tool in the model's own style, or may
+    call ``strict`` ones; None if there are none, or the style cannot be held.
     """
-    form = None if style is None else STYLES[style].form
-    if form is None or choice.mode not in ("required", "named"):
-        return None
+    form = _form_of(style)
     tools = [(tool.function.name, dict(parameters(tool))) for tool in choice.tools]
-    return form.tag(tools, parallel=parallel and choice.mode == "required")
+    tag = None
+    if form is not None and choice.mode in ("required", "named"):
+        tag = form.tag(tools, parallel=parallel and choice.mode == "required")
+    elif form is not None and choice.is_strict:
+        tag = form.optional_tag(tools, tool_markers(choice, style), parallel=parallel)
+    return tag

@@ -39,7 +39,50 @@ class CallForm:
         """Return the structural tag of an answer that calls one of ``tools``, or several of them
         if ``parallel``; they are names and schemas of arguments.
         """
-        tags = [
+        calls = self._calls(tools, parallel=parallel)
+        parts = [_const(self.before), calls, _const(self.after)]
+        elements = [part for part in parts if part is not None]
+        return {
+            "type": "structural_tag",
+            "format": {"type": "sequence", "elements": elements} if elements[1:] else calls,
+        }
+
+    def optional_tag(
+        self, tools: Sequence[tuple[str, Json]], markers: Sequence[str], *, parallel: bool
+    ) -> Json | None:
+        """Return the structural tag of an answer that may hold text and calls, whose arguments
+        satisfy the schemas; None if nothing but ``markers`` could tell a call from text and no call
+        begins with one.
+        """
+        begin = self.before or self.begin.partition(NAME)[0]
+        triggers = [marker for marker in markers if begin.startswith(marker)]
+        if not triggers:
+            return None
+        tags = self._tags(tools)
+        if self.before:
+            calls = self._calls(tools, parallel=parallel)
+            tags = [{"type": "tag", "begin": self.before, "content": calls, "end": self.after}]
+        return {
+            "type": "structural_tag",
+            "format": {
+                "type": "triggered_tags",
+                "triggers": triggers[:1],
+                "tags": tags,
+                "stop_after_first": not parallel,
+            },
+        }
+
+    def _calls(self, tools: Sequence[tuple[str, Json]], *, parallel: bool) -> Json:
+        return {
+            "type": "tags_with_separator",
+            "tags": self._tags(tools),
+            "separator": self.between,
+            "at_least_one": True,
+            "stop_after_first": not parallel,
+        }
+
+    def _tags(self, tools: Sequence[tuple[str, Json]]) -> list[Json]:
+        return [
             {
                 "type": "tag",
                 "begin": self.begin.replace(NAME, name),
@@ -48,19 +91,6 @@ class CallForm:
             }
             for name, schema in tools
         ]
-        calls: Json = {
-            "type": "tags_with_separator",
-            "tags": tags,
-            "separator": self.between,
-            "at_least_one": True,
-            "stop_after_first": not parallel,
-        }
-        parts = [_const(self.before), calls, _const(self.after)]
-        elements = [part for part in parts if part is not None]
-        return {
-            "type": "structural_tag",
-            "format": {"type": "sequence", "elements": elements} if elements[1:] else calls,
-        }
 
     def _arguments(self, schema: Json) -> Json:
         arguments: Json = {"type": "json_schema", "json_schema": schema, "style": self.arguments}
