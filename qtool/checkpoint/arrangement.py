@@ -6,6 +6,8 @@ import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
+STEP = 64  # rows that are turned together: they stay in the CPU's cache
+
 
 class Arrangement(NamedTuple):
     """What is done to the bytes in the file. Rows move as a whole, so blocks stay what they are."""
@@ -45,11 +47,18 @@ class Arrangement(NamedTuple):
         if self.other:
             rows = math.prod(shape[:2]) if not self.is_transposed else shape[0] * shape[2]
             found = found.reshape(2, rows // 2, -1).swapaxes(0, 1)
-        if self.is_transposed:
-            *_, columns, rows = shape
-            part, parts = self.part
-            whole = found.reshape(
-                -1, rows, parts * columns, found.size // parts // math.prod(shape)
-            )
-            found = whole[:, :, part * columns : (part + 1) * columns].swapaxes(1, 2)
-        return found.tobytes()
+        return (self._turn(found, shape) if self.is_transposed else found).tobytes()
+
+    def _turn(self, found: Any, shape: tuple[int, ...]) -> Any:
+        """Return the part of ``found``, matrices that lie the other way, that is of ``shape``."""
+        import numpy as np
+
+        *_, columns, rows = shape
+        part, parts = self.part
+        width = found.size // parts // math.prod(shape)
+        whole = np.ascontiguousarray(found).view(f"u{width}").reshape(-1, rows, parts * columns)
+        own = whole[:, :, part * columns : (part + 1) * columns]
+        turned = np.empty((len(own), columns, rows), own.dtype)
+        for row in range(0, rows, STEP):
+            turned[:, :, row : row + STEP] = own[:, row : row + STEP].swapaxes(1, 2)
+        return turned

@@ -216,11 +216,30 @@ def _check_blocks(checkpoint: Checkpoint, stacks: Sequence[_Stack]) -> None:
 def _layers(stack: _Stack, tensor: TensorInfo, suffix: str) -> Iterator[TensorInfo]:
     """Yield what ``tensor``, the stack or what lies beside it, is for each layer of each expert."""
     last = SCALES[suffix] if suffix else "weight"
-    for expert in range(stack.weight.shape[0]):
-        one = _of_expert(tensor, expert, stack.weight.shape[0])
-        for part, kind in enumerate(stack.kinds):
-            name = f"{stack.holder}.{expert}.{kind}.{last}"
-            yield _of_layer(stack, one, part)._replace(name=name)
+    experts = stack.weight.shape[0]
+    first = _first_expert(tensor, experts)
+    parts = [_of_layer(stack, first, part) for part in range(len(stack.kinds))]
+    step = 0 if tensor.count == 1 else first.size_bytes
+    for expert in range(experts):
+        for kind, part in zip(stack.kinds, parts, strict=True):
+            yield TensorInfo(
+                f"{stack.holder}.{expert}.{kind}.{last}",
+                part.dtype,
+                part.shape,
+                part.file,
+                part.offset + expert * step,
+                part.size_bytes,
+                part.arrangement,
+            )
+
+
+def _first_expert(tensor: TensorInfo, experts: int) -> TensorInfo:
+    """Return what ``tensor`` has for the first expert; one scale is that of all."""
+    if tensor.count == 1:
+        return tensor._replace(shape=())
+    if len(tensor.shape) > 3 or tensor.shape[:1] != (experts,) or not tensor.count:
+        raise _misfit(tensor, f"one scale, or scales of {experts} experts")
+    return tensor._replace(shape=tensor.shape[1:], size_bytes=tensor.size_bytes // experts)
 
 
 def _of_layer(stack: _Stack, tensor: TensorInfo, part: int) -> TensorInfo:
@@ -231,19 +250,9 @@ def _of_layer(stack: _Stack, tensor: TensorInfo, part: int) -> TensorInfo:
     is_column = tensor.shape == (stack.outputs, 1)
     in_columns = stack.is_transposed and len(tensor.shape) == 2 and not is_column
     if tensor.shape[1 if in_columns else 0] % len(stack.kinds):
-        raise _misfit(tensor, f"as many for {' as for '.join(stack.kinds)}")
+        whole = tensor._replace(shape=(stack.weight.shape[0], *tensor.shape))
+        raise _misfit(whole, f"as many for {' as for '.join(stack.kinds)}")
     return (_columns if in_columns else _rows)(tensor, part, len(stack.kinds))
-
-
-def _of_expert(tensor: TensorInfo, expert: int, experts: int) -> TensorInfo:
-    """Return what ``tensor`` has for one expert; one scale is that of all."""
-    if tensor.count == 1:
-        return tensor._replace(shape=())
-    if len(tensor.shape) > 3 or tensor.shape[:1] != (experts,) or not tensor.count:
-        raise _misfit(tensor, f"one scale, or scales of {experts} experts")
-    size = tensor.size_bytes // experts
-    offset = tensor.offset + expert * size
-    return tensor._replace(shape=tensor.shape[1:], offset=offset, size_bytes=size)
 
 
 def _rows(tensor: TensorInfo, part: int, parts: int) -> TensorInfo:
