@@ -115,7 +115,9 @@ class CudaGraphs:
     def __init__(
         self, limits: Limits, table: Tensor, buffer: StepBuffer, keeps_latents: bool = False
     ) -> None:
-        self._limits, self._table, self._buffer = limits, table, buffer
+        self._limits = limits
+        self._table = table
+        self._buffer = buffer
         self.decode: dict[int, DecodeGraph] = {}
         """By batch size, smallest first."""
         self.prompts: dict[PromptShape, Replayable] = {}
@@ -187,7 +189,8 @@ class CudaGraphs:
         after each of its tokens.
         """
         self.fill_decode(step, size)
-        graph, count = self.decode[size], step.decode_tokens
+        graph = self.decode[size]
+        count = step.decode_tokens
         graph.graph.replay()
         return graph.logits[:count], graph.tokens[:count]
 
@@ -206,7 +209,8 @@ class CudaGraphs:
         """Send the inputs of ``step``, padded to ``size``, to the device; return them."""
         layout = decode_layout(size)
         inputs = self._buffer.on_host(layout)
-        count, padding = fill_tokens(inputs, step.chunks), self._limits.max_running
+        count = fill_tokens(inputs, step.chunks)
+        padding = self._limits.max_running
         inputs.token_ids[count:] = 0
         inputs.positions[count:] = 0
         inputs.rows[count:] = padding
@@ -220,7 +224,8 @@ class CudaGraphs:
 
         Places that stay free decode, or are a prompt, on the row for padding.
         """
-        layout, prefills = shape.layout(len(step.updates)), step.chunks[step.decodes :]
+        layout = shape.layout(len(step.updates))
+        prefills = step.chunks[step.decodes :]
         inputs = self._buffer.on_host(layout)
         inputs.token_ids[:] = 0
         inputs.positions[:] = 0

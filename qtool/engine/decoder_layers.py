@@ -95,7 +95,8 @@ class FusedLayer(nn.Module):
         angles: Angles | None,
     ) -> None:
         super().__init__()
-        layout, mlp_name = layout_of(layer), _mlp_of(layer)
+        layout = layout_of(layer)
+        mlp_name = _mlp_of(layer)
         self.is_parallel = layout is PARALLEL
         self.mixer: FusedAttention | FusedLatentAttention | Unfused
         norms = {name for name in layout if name}
@@ -123,7 +124,8 @@ class FusedLayer(nn.Module):
         """Return the hidden states after the layer, from those before it: [1, T, H], or the `Sum`
         of the layer before.
         """
-        states, codes = Sum.of(hidden_states), self.mixer.codes
+        states = Sum.of(hidden_states)
+        codes = self.mixer.codes
         with current(states.x.device):
             if self.is_parallel:
                 codes = codes if codes == self.mlp.codes else None
@@ -206,8 +208,11 @@ class GatedMLP(nn.Module):
         activation: Activation,
     ) -> None:
         super().__init__()
-        self.gate_up, self.down, self.activation = gate_up, down, activation
-        self.at, self.width = (at[0], at[1]), width
+        self.gate_up = gate_up
+        self.down = down
+        self.activation = activation
+        self.at = (at[0], at[1])
+        self.width = width
 
     @classmethod
     def of(cls, mlp: nn.Module) -> GatedMLP | None:

@@ -66,7 +66,7 @@ def _seen_in(net: nn.Module) -> GatedDeltaNet | None:
         return None
     if off <= tolerance_of(net, own.conv_weight.dtype):
         return own
-    LOG.info("%s is no gated delta net (relative error %.1e)", type(net).__name__, off)
+    LOG.info("%s is not a gated delta net (relative error %.1e)", type(net).__name__, off)
     return None
 
 
@@ -129,7 +129,8 @@ class GatedDeltaNet(nn.Module):
         """Return the outputs [1, T, H] of the tokens of a pass, [1, T, H]."""
         qkv, z, b, a = self._project(hidden_states[0])
         mixed = self._mix(qkv, b, a)
-        out_proj, scale = self.get_submodule("out_proj"), None
+        out_proj = self.get_submodule("out_proj")
+        scale = None
         if self.gated_norm:
             mixed, scale = self.gated_norm(mixed, z, codes_of(out_proj))
         else:
@@ -141,7 +142,8 @@ class GatedDeltaNet(nn.Module):
         """Return queries, keys and values [T, C], gates [T, heads, D], and what the learning rate
         and the decay of each head are made of, [T, heads].
         """
-        shape, heads = self.shape, self.shape.value_heads
+        shape = self.shape
+        heads = self.shape.value_heads
         if self.b_and_a is not None:
             qkv, z = (self.get_submodule(name)(x) for name in self.inputs[:2])
             both = self.b_and_a(x)
@@ -165,7 +167,8 @@ class GatedDeltaNet(nn.Module):
         if found := RECORDING.get(None):
             found.states.append(self.geometry)
             return qkv.new_zeros(len(qkv), self.shape.value_heads, self.shape.value_width)
-        packed, states = packed_tokens(), states_of(self.layer_idx)
+        packed = packed_tokens()
+        states = states_of(self.layer_idx)
         weights = DeltaWeights(self.shape, self.conv_weight, self.decay, self.dt_bias)
         if qkv.is_cuda:
             with current(qkv.device):

@@ -121,7 +121,8 @@ def _convolve(kept: Tensor, new: Tensor, weight: Tensor, position: int) -> Tenso
         weight: [C, kernel].
         position: of the first new input.
     """
-    first, count = position - weight.shape[1] + 1, len(kept)
+    first = position - weight.shape[1] + 1
+    count = len(kept)
     positions = torch.arange(first, position)
     before = torch.where(positions[:, None] >= 0, kept[positions % count], 0.0)
     last = new[-count:]
@@ -187,7 +188,8 @@ def _add_chunk(
         log_decay: f32 [n, heads].
     """
     q, k, v = (part.transpose(0, 1) for part in (q, k, v))
-    rate, total = rate.T[..., None], log_decay.T.cumsum(-1)
+    rate = rate.T[..., None]
+    total = log_decay.T.cumsum(-1)
     since = (total[:, :, None] - total[:, None, :]).tril().exp().tril()  # D(t) / D(s), s <= t
     whole = total.exp()[..., None]
     system = torch.eye(q.shape[1], device=q.device) + (rate * since * (k @ k.mT)).tril(-1)

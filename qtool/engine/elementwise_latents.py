@@ -52,7 +52,8 @@ def rotate_and_write(
         interleaved: whether neighbouring channels rotate together.
         parted: whether neighbours then stand half of the channels apart.
     """
-    (tokens, heads, turning), page = q_rope.shape, pages.shape[2]
+    tokens, heads, turning = q_rope.shape
+    page = pages.shape[2]
     cos, sin = rotary or (None, None)
     block = triton.next_power_of_2(turning)
     together = min(triton.next_power_of_2(heads), max(1, TILE // block))

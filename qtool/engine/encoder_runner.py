@@ -55,7 +55,8 @@ class EncoderRunner(Runner):
     def close(self) -> None:
         """Give the memory back."""
         super().close()
-        self._head, self._sums = None, torch.empty(0)
+        self._head = None
+        self._sums = torch.empty(0)
 
     def launch(
         self, step: Step, requests: Sequence[RowRequest], prompts: Sequence[tuple[int, int]] = ()

@@ -125,7 +125,8 @@ class FusedAttention(nn.Module):
         self.is_gated = len(linears) == 3 and linears[0].out_features == 2 * queries
         keys = geometry.kv_heads * geometry.head_dim
         sizes = [2 * queries if self.is_gated else queries, keys, keys]
-        self.geometry, self.angles = geometry, angles
+        self.geometry = geometry
+        self.angles = angles
         self.qkv, self.at = side_by_side(linears, sizes)
         self.o_proj = attention.get_submodule("o_proj")
         self.q_norm = _norm_of(attention, "q_norm")
@@ -164,11 +165,13 @@ class FusedAttention(nn.Module):
 
     def _attend(self, qkv: Tensor, angles: PositionEmbeddings | None) -> Tensor:
         """Return the attention [T, heads * D] of queries, keys and values side by side."""
-        geometry, found = self.geometry, RECORDING.get(None)
+        geometry = self.geometry
+        found = RECORDING.get(None)
         if found is not None:
             found.layers.append(geometry)
             return qkv.new_zeros(qkv.shape[0], geometry.heads * geometry.head_dim)
-        packed, kv = packed_tokens(), pages_of(geometry.layer_idx)
+        packed = packed_tokens()
+        kv = pages_of(geometry.layer_idx)
         rotary = Rotary.of(angles, self.angles)
         if rotary and rotary.rotated > geometry.head_dim:
             raise RotaryMismatch(
@@ -253,7 +256,8 @@ def rotate_and_write(
             packed,
             interleaved=bool(rotary and rotary.is_interleaved),
         )
-    (tokens, _), (_, kv_heads, _, width) = qkv.shape, kv.k.shape
+    tokens = len(qkv)
+    _, kv_heads, _, width = kv.k.shape
     strides = (stride_q_head, width, width)
     q, k, v = (
         qkv[:, start : start + count * stride].view(tokens, count, stride)[..., :width]

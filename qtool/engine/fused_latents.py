@@ -59,7 +59,9 @@ class FusedLatentAttention(nn.Module):
         self.kv_norm = Norm.of(attention.get_submodule("kv_a_layernorm"))
         if self.kv_norm.bias is not None:
             raise NotFused("the norm of latents has a bias")
-        self.geometry, self.angles, self.latent = geometry, angles, latent
+        self.geometry = geometry
+        self.angles = angles
+        self.latent = latent
         self.o_proj = attention.get_submodule("o_proj")
 
     @property
@@ -79,8 +81,12 @@ class FusedLatentAttention(nn.Module):
 
     def _attend(self, q: Tensor, kv: Tensor, angles: PositionEmbeddings | None) -> Tensor:
         """Return the values that tokens attend to, [T, heads, value width]."""
-        geometry, found, latent = self.geometry, RECORDING.get(None), self.latent
-        tokens, heads, rank = len(q), geometry.heads, latent.rank
+        geometry = self.geometry
+        found = RECORDING.get(None)
+        latent = self.latent
+        tokens = len(q)
+        heads = geometry.heads
+        rank = latent.rank
         if found is not None:
             found.layers.append(geometry)
             return q.new_zeros(tokens, heads, latent.value_width)
@@ -88,7 +94,8 @@ class FusedLatentAttention(nn.Module):
         turning = geometry.head_dim - rank
         if rotary and rotary.rotated != turning:
             raise RotaryMismatch(f"{rotary.rotated} channels of {turning} would be rotated")
-        packed, pages = packed_tokens(), pages_of(geometry.layer_idx)
+        packed = packed_tokens()
+        pages = pages_of(geometry.layer_idx)
         own = q.view(tokens, heads, -1)[..., : latent.key_width]
         if packed.expanded is not None:
             q_rope = q.new_empty(tokens, heads, turning)
@@ -120,7 +127,9 @@ def rotate_and_write(
         pages: of the layer.
         packed: the tokens of the pass.
     """
-    heads, rank, turning = q_rope.shape[1], len(norm.weight), q_rope.shape[2]
+    heads = q_rope.shape[1]
+    rank = len(norm.weight)
+    turning = q_rope.shape[2]
     if q.is_cuda:
         from qtool.engine import elementwise_latents
 
@@ -143,7 +152,8 @@ def rotate_and_write(
             parted=bool(rotary and rotary.is_parted),
         )
         return
-    q_turning, k_turning = q.view(len(q), heads, -1)[..., -turning:], kv[:, None, rank:]
+    q_turning = q.view(len(q), heads, -1)[..., -turning:]
+    k_turning = kv[:, None, rank:]
     if rotary:
         q_turning, k_turning = rotate(q_turning, rotary), rotate(k_turning, rotary)
     q_rope.copy_(q_turning)

@@ -93,7 +93,8 @@ def fuse(model: CausalLM) -> bool:
 
 
 def _fuse(decoder: Decoder, device: torch.device) -> None:
-    layers, norm = list(decoder.layers), Norm.of(decoder.norm)
+    layers = list(decoder.layers)
+    norm = Norm.of(decoder.norm)
     with compile_in_parallel(device):
         compiled = _dry_run(decoder, device)
         for layer in (layers[0], layers[-1]):  # a mixture's first layers may be dense
@@ -153,7 +154,8 @@ def _proven(layer: nn.Module, seen: DryRun) -> FusedLayer:
 
     Raises: NotFused, unless both make the same of a random input, and write the same to the cache.
     """
-    name, check = type(layer).__name__, _check_of(layer, seen)
+    name = type(layer).__name__
+    check = _check_of(layer, seen)
     tolerance = TOLERANCE[next(layer.parameters()).dtype]
     with stand_ins(layer, QuantizedLinear, GroupedExperts):
         errors = {}
@@ -173,7 +175,8 @@ def _proven(layer: nn.Module, seen: DryRun) -> FusedLayer:
 
 def _check_of(layer: nn.Module, seen: DryRun) -> Callable[..., float]:
     """Return `_error` of ``layer`` at a random input."""
-    name, number = type(layer).__name__, _index(layer)
+    name = type(layer).__name__
+    number = _index(layer)
     if layer not in seen.arguments:
         raise NotFused(f"{name} is not called")
     if number not in seen.geometry:

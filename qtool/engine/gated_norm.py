@@ -17,7 +17,8 @@ class GatedNorm(nn.Module):
 
     def __init__(self, weight: nn.Parameter, eps: float) -> None:
         super().__init__()
-        self.weight, self.eps = weight, eps
+        self.weight = weight
+        self.eps = eps
 
     @classmethod
     def of(cls, norm: nn.Module) -> GatedNorm | None:

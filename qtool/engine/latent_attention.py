@@ -94,7 +94,8 @@ def keep_latents(model: CausalLM) -> None:
         try:
             module.latent = _seen_in(module, expand, model.dtype)
         except Exception as error:  # the code of an architecture may raise anything
-            name, reason = type(module).__name__, one_line(error)
+            name = type(module).__name__
+            reason = one_line(error)
             LOG.info("%s keeps keys and values, not latents: %s", name, reason)
             continue
         module.expand_kv = _concat_latent  # type: ignore[assignment]

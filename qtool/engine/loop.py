@@ -347,7 +347,8 @@ def _propose(sequence: SequenceState, room: int) -> Sequence[int]:
 
 def _rows(chunk: Chunk) -> list[RowRequest]:
     """Return how to sample after ``chunk``, which samples: before its drafts, and after each."""
-    request, drafts = _request(chunk.sequence), chunk.drafts
+    request = _request(chunk.sequence)
+    drafts = chunk.drafts
     constraint = request.constraint
     masks: Sequence[NDArray[np.int32] | None] = [None] * chunk.sampled
     if constraint is not None:
@@ -384,7 +385,8 @@ def _count_drafts(meter: SpecMeter, gained: Sequence[Gain]) -> None:
         sequence = chunk.sequence
         decodes = bool(chunk.drafts) or chunk.start >= len(sequence.prompt)
         if sequence.state != "finished" and decodes:
-            proposed, correct = len(chunk.drafts), len(tokens) - 1
+            proposed = len(chunk.drafts)
+            correct = len(tokens) - 1
             meter.note(proposed, correct)
             counts = _request(sequence).spec
             if counts is not None:

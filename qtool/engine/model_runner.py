@@ -262,7 +262,7 @@ class Runner:
         ids = torch.zeros_like(positions)
         self._try_outputs(packed, ids)
         if self._mtp is not None:
-            self._mtp.run(packed, ids, None, self.layers)
+            self._mtp.run(packed, ids, hidden=None, layers=self.layers)
 
     def _try_outputs(self, packed: Packed, ids: Tensor) -> None:
         """Make what comes of the tokens of a step that is only tried."""

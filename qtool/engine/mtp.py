@@ -91,8 +91,10 @@ class MtpDrafter:
     """
 
     def __init__(self, layer: MtpLayer, limits: Limits, table: Tensor, counters: Tensor) -> None:
-        self._layer, self._limits = layer, limits
-        self._table, self._counters = table, counters
+        self._layer = layer
+        self._limits = limits
+        self._table = table
+        self._counters = counters
         weight = layer.projection.weight
         # of the tokens of the model's last step, padding of the graphs included
         self._hidden = weight.new_zeros(limits.token_budget + limits.most_decodes, len(weight))
@@ -298,7 +300,8 @@ class MtpDrafter:
         right = _count_leading(tokens.view_as(inputs.indices)[:, :-1] == inputs.drafts)
         size, count = inputs.indices.shape
         last = torch.arange(size, device=indices.device) * count + right
-        positions, rows = inputs.positions[:, 0] + right, inputs.rows[:, 0]
+        positions = inputs.positions[:, 0] + right
+        rows = inputs.rows[:, 0]
         return self._extend(states[last], positions, rows, inputs.ends, layers)
 
     def memory_bytes(self, step_bytes: int, row_bytes: int) -> int:

@@ -125,8 +125,12 @@ def _largest_kept(
     """Return the smallest logit of each row that top_k and top_p keep, float32 [F, 1]; equal logits
     are kept together.
 
-    Args: logits [F, V]; width: so many of the largest are looked at, top_k or more; top_k int64,
-        top_p float64, 1 / temperature float32, all [F, 1].
+    Args:
+        logits: [F, V].
+        width: so many of the largest are looked at, top_k or more.
+        top_k: int64 [F, 1].
+        top_p: float64 [F, 1].
+        inverse: 1 / temperature, float32 [F, 1].
     """
     narrow = width < logits.shape[1]
     largest = (

@@ -194,7 +194,7 @@ class Scheduler:
             elif start < len(sequence.pages) * PAGE or self._grow(sequence, updates):
                 drafts = self._draft(sequence, min(room, share), updates)
                 room -= len(drafts)
-                decodes.append(Chunk(sequence, start, 1 + len(drafts), True, drafts))
+                decodes.append(Chunk(sequence, start, 1 + len(drafts), samples=True, drafts=drafts))
                 sequence.computed = length
                 sequence.pending = pending + 1
         return unfinished

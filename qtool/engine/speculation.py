@@ -91,7 +91,8 @@ class NgramDrafter:
         """Return where the longest known end of the tokens came last before, the index of its last
         token; None where it is too short.
         """
-        ids, last = self._ids, self._size - 1
+        ids = self._ids
+        last = self._size - 1
         matches = (ids[:last] == ids[last]).nonzero()[0][-MAX_MATCHES:]
         length = best = 0
         while len(matches) and length < self._speculation.max_window:

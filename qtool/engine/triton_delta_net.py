@@ -111,7 +111,8 @@ def _launch_convolution(
     """Return the convolution of all channels, [T, C], and how many drafts before each decode are
     still to be added to the matrix of its sequence, int32 [decodes].
     """
-    channels, mixed = qkv.shape[1], torch.empty_like(qkv)
+    channels = qkv.shape[1]
+    mixed = torch.empty_like(qkv)
     behind = packed.rows.new_empty(packed.decodes)
     longest = packed.longest if packed.starts is not None else 1
     grid = _sequences(packed), triton.cdiv(channels, CHANNELS), triton.cdiv(longest, TOKENS)

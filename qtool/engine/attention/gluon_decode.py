@@ -79,7 +79,8 @@ def decode(
         v_scale: what results are multiplied with.
         launch: from `triton_paged.launch_options`.
     """
-    tokens, kv_heads = packed.decodes, kv.k.shape[1]
+    tokens = packed.decodes
+    kv_heads = kv.k.shape[1]
     shared = q.shape[1] // kv_heads
     parts = max(1, min(MAX_PARTS, MAX_WARPS // (tokens * kv_heads)))
     partial = q.new_empty((tokens, kv_heads, parts, shared, HEAD_DIM.value), dtype=torch.float32)

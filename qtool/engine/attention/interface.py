@@ -57,7 +57,8 @@ def write(kv: KVPages, k: Tensor, v: Tensor, packed: Packed) -> None:
             _kernels().write(kv, k, v, packed)
         return
     rows, positions = packed.rows.long(), packed.positions.long()
-    pages, slots = packed.table[rows, positions // PAGE].long(), positions % PAGE
+    pages = packed.table[rows, positions // PAGE].long()
+    slots = positions % PAGE
     parts = ((kv.k, k, kv.k_scale), (kv.v, v, kv.v_scale))
     for cached, new, scale in parts[: 1 if kv.keeps_latents else 2]:
         if cached.dtype == torch.float8_e4m3fn:
@@ -184,7 +185,7 @@ def _attend_expanded_on_cpu(
         last = first + end - begin - 1
         kept = _gather(kv.k, packed.table[packed.rows[begin]], kv.k_scale, 0, last, q.dtype)
         k, v = latent.expand(kept[..., :rank], kept[..., rank:])
-        out[begin:end] = _attend_one(q[begin:end], k, v, first, 0, scaling, None, None, None)
+        out[begin:end] = _attend_one(q[begin:end], k, v, first, 0, scaling)
 
 
 def _gather(
@@ -208,9 +209,9 @@ def _attend_one(
     first: int,
     low: int,
     scaling: float,
-    window: int | None,
-    softcap: float | None,
-    sinks: Tensor | None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Return the attention of one sequence.
 
@@ -406,11 +407,9 @@ def _forward(
             raise _refused("its latents have a window, a soft cap or sinks")
         if reason := _unsupported_reason(module, query, key, value, attention_mask, others):
             raise _refused(reason)
-        (_, heads, tokens, head_dim), kv_heads, v_head_dim = (
-            query.shape,
-            key.shape[1],
-            value.shape[-1],
-        )
+        _, heads, tokens, head_dim = query.shape
+        kv_heads = key.shape[1]
+        v_head_dim = value.shape[-1]
         geometry = LayerGeometry(
             layer_idx,
             heads,
@@ -425,7 +424,8 @@ def _forward(
         found.layers.append(geometry)
         zeros = query.new_zeros(tokens, heads, v_head_dim)
         return (latent.values(zeros) if latent else zeros)[None], None
-    packed, kv = packed_tokens(), pages_of(layer_idx)
+    packed = packed_tokens()
+    kv = pages_of(layer_idx)
     q, k, v = (part[0].transpose(0, 1) for part in (query, key, value))
     write(kv, k, v, packed)
     if latent:

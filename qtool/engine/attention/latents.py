@@ -79,7 +79,8 @@ def attend_expanded(
     """
     from qtool.engine.attention import triton_latent  # needs triton
 
-    rank, expanded = kv.v.shape[3], packed.expanded
+    rank = kv.v.shape[3]
+    expanded = packed.expanded
     assert expanded is not None
     with current(q.device):
         latents = triton_latent.gather(kv, packed, q.dtype)

@@ -93,7 +93,8 @@ class DecodeLibrary:
 
     def __init__(self, path: Path) -> None:
         self.attend = ctypes.CDLL(str(path)).qtool_decode_attention
-        self.attend.argtypes, self.attend.restype = [ctypes.POINTER(Job)], None
+        self.attend.argtypes = [ctypes.POINTER(Job)]
+        self.attend.restype = None
         self.parallel = openmp()
 
 

@@ -48,7 +48,8 @@ def decode(
 ) -> None:
     """Fill ``out`` for the decodes."""
     q, tokens, shared = q.contiguous(), packed.decodes, _heads_of_tile(q.shape[1])
-    groups, rank = q.shape[1] // shared, out.shape[2]
+    groups = q.shape[1] // shared
+    rank = out.shape[2]
     most = packed.most or packed.table.shape[1] * PAGE
     tile = tile or decode_tile(tokens * groups, most, q.element_size())
     split = tile.parts > 1
@@ -96,7 +97,8 @@ def gather(kv: KVPages, packed: Packed, dtype: torch.dtype) -> Tensor:
     """
     expanded = packed.expanded
     assert expanded is not None
-    rank, width = kv.v.shape[3], kv.k.shape[3]
+    rank = kv.v.shape[3]
+    width = kv.k.shape[3]
     gathered = torch.empty(expanded.keys, width, dtype=dtype, device=kv.k.device)
     _gather[(triton.cdiv(expanded.longest, PAGE), expanded.chunks)](
         pages=kv.k,
@@ -143,7 +145,10 @@ def prefill_expanded(
     """
     expanded = packed.expanded
     assert expanded is not None
-    heads, key, value, width = q.shape[1], q.shape[2], out.shape[2], q_rope.shape[2]
+    heads = q.shape[1]
+    key = q.shape[2]
+    value = out.shape[2]
+    width = q_rope.shape[2]
     if tile is None and GLUON and triton_paged.is_hopper(q.device):
         from qtool.engine.attention import gluon_prefill
 

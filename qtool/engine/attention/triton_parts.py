@@ -30,8 +30,17 @@ def store_part(  # type: ignore[no-untyped-def]
     the last to arrive adds them.
 
     Args:
-        acc: sums of values, [ROWS, padded DV]; ``total`` and ``top`` [ROWS] are those of
-            `triton_paged._attend_tiles`.
+        acc: sums of values, [ROWS, padded DV].
+        total: sums of weights, [ROWS]; with ``acc`` and ``top`` from `triton_paged._attend_tiles`.
+        top: the largest logit of each row, [ROWS].
+        out: results, [groups, SHARED, DV].
+        partial: ``acc`` of each part, [groups, PARTS, SHARED, DV].
+        sums: ``total`` and ``top`` of each part, [2, groups, PARTS, SHARED].
+        arrived: how many parts of each group are written, [groups]; zeros when all are added.
+        group: a token's heads of queries that share keys.
+        part: which of the parts this is.
+        parts: into how many the keys of the token are cut.
+        v_scale: what values were divided by.
     """
     DV_PADDED: tl.constexpr = acc.shape[1]
     row, dv = tl.arange(0, acc.shape[0]), tl.arange(0, DV_PADDED)
