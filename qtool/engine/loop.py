@@ -28,6 +28,7 @@ from qtool.engine.state_snapshots import StateSnapshots
 from qtool.engine.step import Chunk, Gain, SequenceState, Step
 from qtool.engine.throughput import Throughput
 from qtool.errors import QtoolError, ResourceError, UsageError, one_line
+from qtool.runtime.compiling import log_compiles
 from qtool.runtime.kernels import current
 
 LOG = logging.getLogger("qtool.engine")
@@ -105,6 +106,7 @@ class Loop:
     def _run(self) -> None:
         try:
             with torch.inference_mode(), current(self.runner.device):
+                log_compiles(self.runner.device)
                 while not self._stopping:
                     self._turn_safely()
         finally:

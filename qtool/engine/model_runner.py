@@ -41,7 +41,7 @@ from qtool.engine.step_buffer import (
 from qtool.engine.stopwatch import Stopwatch
 from qtool.errors import CheckpointRefused
 from qtool.runtime.causal_lm import CausalLM
-from qtool.runtime.compiling import compile_in_parallel, log_compiles
+from qtool.runtime.compiling import compile_in_parallel
 from qtool.runtime.experts.per_expert import ExpertStack
 from qtool.runtime.kernels import current
 from qtool.runtime.mtp import MtpLayer
@@ -142,7 +142,6 @@ class Runner:
                     f"{len(self.graphs.decode)} CUDA graphs captured for decoding, "
                     f"{len(self.graphs.prompts)} for prompts"
                 )
-        log_compiles(device)
 
     @property
     def keeps_prefixes(self) -> bool:

@@ -22,7 +22,9 @@ def compile_in_parallel(device: torch.device) -> AbstractContextManager[None]:
 
 
 def log_compiles(device: torch.device) -> None:
-    """Log each kernel for ``device`` that is compiled from now on, while a request waits."""
+    """Log each kernel for ``device`` that this thread compiles from now on, while a request
+    waits.
+    """
     if device.type == "cuda":
         from qtool.runtime.triton import parallel_compile
 

@@ -179,12 +179,13 @@ def compile_all() -> None:
     import torch
     from support import triton_cpu
     from support.experts import GATES
+    from triton import knobs
 
     from qtool.runtime.experts import triton_experts
     from qtool.runtime.experts.routing import Blocks
     from qtool.runtime.kernels import LinearSpec
     from qtool.runtime.kernels import triton_weight_only as weight_only
-    from qtool.runtime.triton import routing
+    from qtool.runtime.triton import parallel_compile, routing
     from qtool.runtime.triton.parallel_compile import compile_in_parallel
     from qtool.scheme import SCHEMES
 
@@ -220,6 +221,21 @@ def compile_all() -> None:
 
     def empty(*shape: int, dtype: torch.dtype = torch.bfloat16):
         return torch.empty(shape, dtype=dtype, device="meta")
+
+    said: list[str] = []
+    parallel_compile.LOG.addFilter(lambda record: said.append(record.getMessage()))
+    knobs.compilation.always_compile = True
+
+    def serve() -> None:
+        parallel_compile.log_compiles()
+        routing.sort_choices(empty(8, 8, dtype=torch.int32), 128, 32)
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    thread.join()
+    routing.sort_choices(empty(8, 8, dtype=torch.int32), 128, 128)  # in a thread that serves nobody
+    knobs.compilation.always_compile = False
+    assert [line.split(" compiled")[0] for line in said] == ["requests wait for a kernel: _sort"]
 
     for name in ("W4A16", "MXFP4A16", "NVFP4A16", "NF4", "W8A16"):
         linear = LinearSpec(SCHEMES[name], (1536, 2048), torch.bfloat16)

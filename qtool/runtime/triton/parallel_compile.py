@@ -20,6 +20,7 @@ from qtool.runtime.triton.routing import WRITES_INDICES
 LOG = logging.getLogger("qtool.runtime")
 MAX_THREADS = 16
 _ONE_AT_A_TIME = threading.Lock()
+_THREAD = threading.local()  # `serves`: requests wait for what it compiles
 
 
 class _Compilers(ThreadPoolExecutor):
@@ -70,11 +71,12 @@ def compile_in_parallel() -> Iterator[None]:
 
 
 def log_compiles() -> None:
-    """Log each kernel that is compiled from now on: a request may be waiting for it."""
+    """Log each kernel that this thread compiles from now on: a request may be waiting for it."""
+    _THREAD.serves = True
     knobs.compilation.listener = _log_compile
 
 
 def _log_compile(*, metadata: dict[str, Any], times: Any, cache_hit: bool, **_: object) -> None:
-    if not (cache_hit or _ONE_AT_A_TIME.locked()):
+    if getattr(_THREAD, "serves", False) and not cache_hit:
         seconds = times.total / 1e6
         LOG.warning("requests wait for a kernel: %s compiled in %.1f s", metadata["name"], seconds)
