@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Callable, Generator, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any, Generic, TypedDict, TypeVar, cast
+
+from jinja2 import TemplateError
 
 from qtool.checkpoint.encoding import Encoding
 from qtool.engine.encoding import EncodeRequest, encode_requests
@@ -28,7 +30,7 @@ from qtool.engine.scores import (
     rank,
 )
 from qtool.engine.vectors import vector_of
-from qtool.errors import UsageError
+from qtool.errors import UsageError, one_line
 from qtool.options import arguments_of
 
 Texts = str | Sequence[str]
@@ -217,18 +219,24 @@ class ScoringMethods(ABC):
             message = "scores need a tokenizer, and skip_tokenizer_init left it out"
             raise UsageError("E_PROMPT", message, hint="`encode` takes input_ids")
         template = tokenizer.chat_template
-        text = template if template is None or isinstance(template, str) else template["default"]
-        form = PairForm.of(self.encoding, text)
+        if isinstance(template, Mapping):
+            template = template.get("default")
+        form = PairForm.of(self.encoding, template)
         form.check(instruction)
         backend = tokenizer.backend_tokenizer
         if not form.has_template:
             return [encoded.ids for encoded in backend.encode_batch_fast(list(pairs))]
-        prompts = tokenizer.apply_chat_template(
-            form.conversations(pairs, instruction),
-            tokenize=False,
-            add_generation_prompt=True,
-            **form.variables(instruction),
-        )
+        try:
+            prompts = tokenizer.apply_chat_template(
+                form.conversations(pairs, instruction),
+                tokenize=False,
+                add_generation_prompt=True,
+                **form.variables(instruction),
+            )
+        except TemplateError as error:
+            message = f"the chat template refuses query and document: {one_line(error)}"
+            hint = "give `tokenizer.chat_template` of the engine one that shows both"
+            raise UsageError("E_CHAT_TEMPLATE_REFUSED", message, hint=hint) from error
         form.check_shown(instruction, prompts[0])
         return [
             encoded.ids for encoded in backend.encode_batch_fast(prompts, add_special_tokens=False)

@@ -9,7 +9,15 @@ import asyncio
 import numpy as np
 import pytest
 import torch
-from support.encoders import LABELS, classifier, cut_and_pad, edit_json, embedder, yes_or_no
+from support.encoders import (
+    LABELS,
+    TEMPLATE,
+    classifier,
+    cut_and_pad,
+    edit_json,
+    embedder,
+    yes_or_no,
+)
 from test_engine import prompts_of
 
 from qtool import quantize
@@ -126,6 +134,22 @@ def test_documents_are_scored_and_ranked(tmp_path, make):
         [scores[index] for index in order], abs=1e-5
     )
     assert [one["index"] for one in later] == order
+
+
+@pytest.mark.parametrize(
+    ("template", "error", "code"),
+    [
+        ({"tool_use": TEMPLATE}, CheckpointRefused, "E_CHAT_TEMPLATE"),
+        ("{{ raise_exception('no') }}" + TEMPLATE, UsageError, "E_CHAT_TEMPLATE_REFUSED"),
+    ],
+)
+def test_a_template_that_makes_no_prompt_is_refused(tmp_path, template, error, code):
+    yes_or_no(tmp_path / "model")
+    with Engine(tmp_path / "model", **OPTIONS) as engine:
+        engine.tokenizer.chat_template = template
+        with pytest.raises(error) as refused:
+            engine.score(QUERY, DOCUMENTS)
+        assert refused.value.code == code
 
 
 def test_texts_and_options_that_cannot_be_scored_are_refused(tmp_path):
