@@ -249,16 +249,16 @@ def naming(path: Path) -> Iterator[None]:
         raise
 
 
-def library_os_error(error: BaseException, places: Iterable[Path]) -> OSError | None:
+def library_os_error(error: BaseException, roots: Iterable[Path]) -> OSError | None:
     """Return the failed file operation behind ``error``, which a library raised; None when there is
-    none, or it concerns neither the machine nor a file below ``places``.
+    none, or it concerns neither the machine nor a file below ``roots``.
     """
-    places = list(places)
+    roots = list(roots)
     seen: BaseException | None = error
     for _ in range(8):  # causes of causes
         if seen is None:
             return None
-        found = _os_error_in(seen, places)
+        found = _os_error_in(seen, roots)
         # libraries look for files that may be missing, and go on to fail elsewhere
         if found and (seen is error or found.errno != errno.ENOENT):
             return found
@@ -266,14 +266,14 @@ def library_os_error(error: BaseException, places: Iterable[Path]) -> OSError | 
     return None
 
 
-def _os_error_in(error: BaseException, places: Iterable[Path]) -> OSError | None:
+def _os_error_in(error: BaseException, roots: Iterable[Path]) -> OSError | None:
     """Return the OSError that ``error`` is or quotes; None as in `library_os_error`."""
     if isinstance(error, OSError) and error.errno:
         name = _file_name(error)
         known = _MACHINE_ERRORS if name else (*_MACHINE_ERRORS, *_FILE_ERRORS)
-        return error if error.errno in known or _is_below(name, places) else None
+        return error if error.errno in known or _is_below(name, roots) else None
     text = str(error)
-    file = _file_in(text, places)
+    file = _file_in(text, roots)
     code = _code_in(text, has_file=file is not None)
     if file and not code and isinstance(error, FileNotFoundError):
         code = errno.ENOENT  # as safetensors reports whatever it cannot open
@@ -291,11 +291,11 @@ def _code_in(text: str, *, has_file: bool) -> int:
     return next((code for code in quoted if os.strerror(code) in text), 0)
 
 
-def _file_in(text: str, places: Iterable[Path]) -> str | None:
-    """Return the name of a file below ``places`` that ``text`` quotes; None when it quotes none."""
-    for place in sorted(map(str, _with_targets(places)), key=len, reverse=True):
+def _file_in(text: str, roots: Iterable[Path]) -> str | None:
+    """Return the name of a file below ``roots`` that ``text`` quotes; None when it quotes none."""
+    for root in sorted(map(str, _with_targets(roots)), key=len, reverse=True):
         # neither `/disk` in `/mnt/disk` nor in `/disk-2`
-        name = rf"(?<![\w/.~-]){re.escape(place)}(?:/[^\s<>'\"]*|(?=[\s<>'\",:;)]|\.?(?:\s|$)))"
+        name = rf"(?<![\w/.~-]){re.escape(root)}(?:/[^\s<>'\"]*|(?=[\s<>'\",:;)]|\.?(?:\s|$)))"
         if found := re.search(name, text):
             return found[0].rstrip(".,:;)")
     return None
@@ -307,17 +307,17 @@ def _file_name(error: OSError) -> str:
     return os.fsdecode(name) if isinstance(name, str | bytes) else ""
 
 
-def _is_below(name: str, places: Iterable[Path]) -> bool:
-    """Whether the file ``name`` is one of ``places`` or inside one."""
+def _is_below(name: str, roots: Iterable[Path]) -> bool:
+    """Whether the file ``name`` is one of ``roots`` or inside one."""
     if not name:
         return False
     file = Path(name).absolute()
-    return any(file.is_relative_to(root) for root in _with_targets(places))
+    return any(file.is_relative_to(root) for root in _with_targets(roots))
 
 
-def _with_targets(places: Iterable[Path]) -> set[Path]:
-    """Return ``places`` as absolute paths, and where they lead if they are links."""
-    return {root for place in places for root in (place.absolute(), Path(os.path.realpath(place)))}
+def _with_targets(roots: Iterable[Path]) -> set[Path]:
+    """Return ``roots`` as absolute paths, and where they lead if they are links."""
+    return {path for root in roots for path in (root.absolute(), Path(os.path.realpath(root)))}
 
 
 def one_line(error: BaseException) -> str:

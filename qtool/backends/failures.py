@@ -48,7 +48,7 @@ def from_exception(error: BaseException, job: Job, where: str) -> QtoolError:
             f"{library} needs the package `{error.name}`",
             hint=f"pip install {missing}",
         )
-    inputs, outputs = _places(job)
+    inputs, outputs = _paths(job)
     if file_error := library_os_error(error, [*inputs, *outputs]):
         if file_error.filename is None and file_error.errno in (errno.ENOSPC, errno.EDQUOT):
             file_error.filename = job.output
@@ -72,7 +72,7 @@ def _distribution(module: str) -> str:
     return module if module.partition(".")[0] in known else ""
 
 
-def _places(job: Job) -> tuple[list[Path], list[Path]]:
+def _paths(job: Job) -> tuple[list[Path], list[Path]]:
     """Return what the job reads and what it writes."""
     source = job.calibration.source if job.calibration else None
     inputs = [job.model, source, job.state_restore]
@@ -99,7 +99,7 @@ def from_exit(status: int, plan: Plan, job: Job, log: Path) -> QtoolError:
         return _too_little_memory(library, ended, plan)
     if shutil.disk_usage(log.parent).free < FULL_BYTES:
         return from_os_error(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(log)))
-    inputs, outputs = _places(job)
+    inputs, outputs = _paths(job)
     file_error = _printed_os_error(last_words, [*inputs, *outputs])
     if file_error is not None:
         return from_os_error(file_error, reading=inputs, where="while the library ran")
@@ -122,7 +122,7 @@ def _too_little_memory(library: str, ended: str, plan: Plan) -> ResourceError:
     )
 
 
-def _printed_os_error(printed: str, places: list[Path]) -> OSError | None:
+def _printed_os_error(printed: str, roots: list[Path]) -> OSError | None:
     """Return the last OSError, of Python or Rust, whose traceback is in ``printed``; else one that
     is quoted there.
 
@@ -131,7 +131,7 @@ def _printed_os_error(printed: str, places: list[Path]) -> OSError | None:
     number = r"(?:\[Errno (\d+)\]|.*\(os error (\d+)\))"
     raised = rf"^[\w.]*(?:Error|Exception): {number}.*"
     for last in [*re.finditer(raised, printed, re.MULTILINE)][-1:]:
-        if named := library_os_error(RuntimeError(last[0]), places):
+        if named := library_os_error(RuntimeError(last[0]), roots):
             return named
         code = int(last[1] or last[2])
         names_none = not re.search("['\"]", last[0])

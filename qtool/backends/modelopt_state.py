@@ -53,11 +53,11 @@ def save_state(model: Module, folder: str, plan: Plan) -> None:
     seen: dict[tuple[int, tuple[int, ...]], str] = {}
     tied: dict[str, str] = {}
     for name, tensor in model.state_dict().items():
-        place = (tensor.data_ptr(), tuple(tensor.shape))
-        if tensor.numel() and place in seen:
-            tied[name] = seen[place]
+        span = (tensor.data_ptr(), tuple(tensor.shape))
+        if tensor.numel() and span in seen:
+            tied[name] = seen[span]
             continue
-        seen[place] = name
+        seen[span] = name
         tensors[name] = tensor.detach().contiguous().cpu()
     save_file(tensors, Path(folder) / STATE_WEIGHTS)
     state = {

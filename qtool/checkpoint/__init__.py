@@ -8,7 +8,7 @@ from qtool.checkpoint.model import Checkpoint, TensorInfo
 from qtool.checkpoint.reader import PICKLE_SUFFIXES, open_checkpoint
 from qtool.checkpoint.source_files import SourceFiles, source_files
 from qtool.checkpoint.strict_json import read_json
-from qtool.checkpoint.writer import Staging, check_place, stage_output
+from qtool.checkpoint.writer import Staging, check_output, stage_output
 
 __all__ = [
     "PICKLE_SUFFIXES",
@@ -16,7 +16,7 @@ __all__ = [
     "SourceFiles",
     "Staging",
     "TensorInfo",
-    "check_place",
+    "check_output",
     "digest_files",
     "open_checkpoint",
     "read_json",

@@ -167,7 +167,7 @@ def _read_file(reader: Reader) -> tuple[dict[str, Value], list[GgufTensor]]:
     alignment = _alignment(path, metadata)
     start = -(-reader.position // alignment) * alignment
     placed = [tensor._replace(offset=tensor.offset + start) for tensor in tensors]
-    _check_places(path, placed, start, alignment, reader.size)
+    _check_offsets(path, placed, start, alignment, reader.size)
     return metadata, placed
 
 
@@ -274,7 +274,7 @@ def _alignment(path: Path, metadata: Mapping[str, Value]) -> int:
     return alignment
 
 
-def _check_places(
+def _check_offsets(
     path: Path, tensors: list[GgufTensor], start: int, alignment: int, size: int
 ) -> None:
     """Refuse tensors that overlap, leave holes or lie outside of the file."""

@@ -272,7 +272,7 @@ def _pieces(
 
 def _cuts(piece: str, vocab: Mapping[str, int]) -> list[tuple[str, str]]:
     """Return the pairs of tokens that ``piece`` is made of, those with the lowest ids first."""
-    cuts = ((piece[:place], piece[place:]) for place in range(1, len(piece)))
+    cuts = ((piece[:index], piece[index:]) for index in range(1, len(piece)))
     pairs = [(one, two) for one, two in cuts if one in vocab and two in vocab]
     return sorted(pairs, key=lambda pair: (vocab[pair[0]], vocab[pair[1]]))
 

@@ -72,11 +72,11 @@ class TensorInfo(NamedTuple):
 
     def read(self) -> bytes:
         """Return its bytes, little-endian, row-major."""
-        data = b"".join(_read_at(*place) for place in self.places)
+        data = b"".join(_read_at(*part) for part in self.byte_ranges)
         return self.arrangement.apply(data, self.shape) if self.arrangement else data
 
     @property
-    def places(self) -> tuple[tuple[Path, int, int], ...]:
+    def byte_ranges(self) -> tuple[tuple[Path, int, int], ...]:
         """Where its bytes lie: file, offset and size of each part."""
         if self.arrangement is None:
             return ((self.file, self.offset, self.size_bytes),)
@@ -145,8 +145,8 @@ class Checkpoint:
     @cached_property
     def weight_files(self) -> tuple[Path, ...]:
         """The safetensors or GGUF files, in name order."""
-        places = (place for tensor in self.tensors.values() for place in tensor.places)
-        return tuple(sorted({file for file, _, _ in places}))
+        parts = (part for tensor in self.tensors.values() for part in tensor.byte_ranges)
+        return tuple(sorted({file for file, _, _ in parts}))
 
     @cached_property
     def size_bytes(self) -> int:

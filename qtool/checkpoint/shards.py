@@ -63,7 +63,7 @@ class Shards:
             if len(groups) > 1
             else ["model.safetensors"]
         )
-        self._places: dict[str, tuple[Path, int, int]] = {}
+        self._byte_ranges: dict[str, tuple[Path, int, int]] = {}
         self._left: dict[Path, int] = {}
         self._descriptors: dict[Path, int] = {}
         self._lock = threading.Lock()
@@ -79,7 +79,7 @@ class Shards:
                     for name, group in zip(names, groups, strict=True)
                     for spec in group
                 },
-                self._places,
+                self._byte_ranges,
             )
 
     def __enter__(self) -> Shards:
@@ -93,10 +93,10 @@ class Shards:
         """Write the bytes of the tensor ``name``; return its file when that was the last one of it,
         else None.
         """
-        path, offset, size = self._places[name]
+        path, offset, size = self._byte_ranges[name]
         view = memoryview(data).cast("B") if size else memoryview(b"")
         if len(view) != size:
-            raise ValueError(f"{name}: {len(view)} bytes for a place of {size}")
+            raise ValueError(f"{name}: {len(view)} bytes for a range of {size}")
         done = 0
         with self._writing, naming(path):
             target = self._open(path)
@@ -110,7 +110,7 @@ class Shards:
         """
         if source.arrangement is not None:
             return self.write(name, source.read())
-        path, offset, size = self._places[name]
+        path, offset, size = self._byte_ranges[name]
         done = 0
         with source.file.open("rb", buffering=0) as file:
             read_ahead(file.fileno(), source.offset, size)
@@ -146,7 +146,7 @@ class Shards:
         self._left[path] = len(specs)
         for spec in specs:
             start, stop = header[spec.name]["data_offsets"]
-            self._places[spec.name] = path, 8 + len(text) + start, stop - start
+            self._byte_ranges[spec.name] = path, 8 + len(text) + start, stop - start
 
     def _open(self, path: Path) -> int:
         """Return the descriptor of ``path``, open from its first write to its last: a checkpoint
@@ -216,10 +216,10 @@ def _grouped(specs: Sequence[TensorSpec], max_shard_bytes: int) -> list[list[Ten
 
 
 def _write_index(
-    folder: Path, weight_map: dict[str, str], places: dict[str, tuple[Path, int, int]]
+    folder: Path, weight_map: dict[str, str], byte_ranges: dict[str, tuple[Path, int, int]]
 ) -> None:
     index = {
-        "metadata": {"total_size": sum(size for _, _, size in places.values())},
+        "metadata": {"total_size": sum(size for _, _, size in byte_ranges.values())},
         "weight_map": dict(sorted(weight_map.items())),
     }
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")

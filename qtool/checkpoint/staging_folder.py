@@ -40,13 +40,13 @@ class StagingFolder:
         """Make the folder ``name`` in it."""
         os.mkdir(name, dir_fd=self.fd)
 
-    def move_out(self, name: str, place: Path) -> None:
-        """Rename ``name`` to ``place``, which is replaced when it is a file or an empty folder."""
-        os.rename(name, place, src_dir_fd=self.fd)
+    def move_out(self, name: str, path: Path) -> None:
+        """Rename ``name`` to ``path``, which is replaced when it is a file or an empty folder."""
+        os.rename(name, path, src_dir_fd=self.fd)
 
-    def move_in(self, place: Path, name: str) -> None:
-        """Rename ``place`` to ``name``."""
-        os.rename(place, name, dst_dir_fd=self.fd)
+    def move_in(self, path: Path, name: str) -> None:
+        """Rename ``path`` to ``name``."""
+        os.rename(path, name, dst_dir_fd=self.fd)
 
     def recover(self, output: Path) -> None:
         """Clean up after a killed run: an output that it was replacing goes back to its place, the
@@ -118,10 +118,10 @@ def is_mount_point(path: Path) -> bool:
         mounts = Path("/proc/self/mountinfo").read_bytes()
     except OSError:
         return False  # not Linux
-    place = os.fsencode(path.resolve())
+    escaped = os.fsencode(path.resolve())
     for mark in b"\\ \t\n":
-        place = place.replace(bytes([mark]), b"\\%03o" % mark)
-    return any(line.split(b" ")[4] == place for line in mounts.splitlines())
+        escaped = escaped.replace(bytes([mark]), b"\\%03o" % mark)
+    return any(line.split(b" ")[4] == escaped for line in mounts.splitlines())
 
 
 def _acquire(path: Path, output: Path) -> StagingFolder:

@@ -93,10 +93,10 @@ class Staging:
             self.folder.move_out(CHECKPOINT, self.output)
         make_durable(self.output.parent)
 
-    def publish_log(self, place: Path) -> None:
-        """Put the log at ``place``, replacing one of a former run."""
-        check_log(place)
-        self.folder.move_out(LOG, place)
+    def publish_log(self, path: Path) -> None:
+        """Put the log at ``path``, replacing one of a former run."""
+        check_log(path)
+        self.folder.move_out(LOG, path)
 
 
 @contextlib.contextmanager
@@ -105,7 +105,7 @@ def stage_output(
 ) -> Iterator[Staging]:
     """Give a locked `Staging` for ``output`` and remove it afterwards, whatever happened.
 
-    Raises: what `check_place` does, and OutputTaken, when another run is writing ``output``;
+    Raises: what `check_output` does, and OutputTaken, when another run is writing ``output``;
         ResourceError, when the disk has less than ``need_bytes`` free.
     """
     output = output.absolute()
@@ -122,7 +122,7 @@ def stage_output(
             yield Staging(output, folder, overwrite)
 
 
-def check_place(
+def check_output(
     output: Path,
     *,
     inputs: Iterable[Path],
@@ -140,7 +140,7 @@ def check_place(
         log: where the log goes.
     Raises: UsageError, when ``output`` is one of ``inputs``, inside one, or around one;
         OutputTaken, when it exists and may not be replaced, or something else is in the place of
-        the staging folder or the log; ResourceError, when the place cannot be written.
+        the staging folder or the log; ResourceError, when it cannot be written.
     """
     output = output.absolute()
     _check_apart(output, inputs)
@@ -154,17 +154,17 @@ def check_place(
         check_log(log)
 
 
-def check_log(place: Path) -> None:
-    """Raise OutputTaken when something else than the log of a former run is at ``place``."""
-    if not is_there(place):
+def check_log(log: Path) -> None:
+    """Raise OutputTaken when something else than the log of a former run is at ``log``."""
+    if not is_there(log):
         return
-    if place.is_file() and not place.is_symlink():
-        with place.open("rb") as file:
+    if log.is_file() and not log.is_symlink():
+        with log.open("rb") as file:
             if file.read(len(LOG_MARK)) in (b"", LOG_MARK):
                 return
     raise OutputTaken(
         "E_LOG_PLACE",
-        f"{place} is in the place of the log, and it is not the log of a former run",
+        f"{log} is in the place of the log, and it is not the log of a former run",
         hint="move it away, or choose another --output",
     )
 
@@ -175,7 +175,7 @@ def _staging_path(output: Path) -> Path:
 
 def _check_writable(folder: Path, files: Iterable[Path]) -> None:
     """Raise ResourceError when ``files`` cannot be made in ``folder``, which need not exist yet."""
-    existing = next(place for place in (folder, *folder.parents) if is_there(place))
+    existing = next(path for path in (folder, *folder.parents) if is_there(path))
     why = ""
     if not existing.is_dir():
         why = os.strerror(errno.ENOTDIR)
@@ -200,8 +200,8 @@ def _check_apart(output: Path, inputs: Iterable[Path]) -> None:
     """Raise UsageError when ``output`` is one of ``inputs``, inside one, or around one."""
     inside = output.resolve()
     for path in inputs:
-        place = path.resolve()
-        if inside == place or place in inside.parents or inside in place.parents:
+        resolved = path.resolve()
+        if inside == resolved or resolved in inside.parents or inside in resolved.parents:
             raise UsageError(
                 "E_OUTPUT_PLACE",
                 f"the output {output} and {path} are one inside the other",

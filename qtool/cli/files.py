@@ -10,8 +10,8 @@ from qtool.errors import ResourceError
 
 def check_writable(file: Path) -> None:
     """Raise ResourceError when ``file`` cannot be written."""
-    place = file if file.exists() else file.parent
-    if file.is_dir() or not os.access(place, os.W_OK):
+    existing = file if file.exists() else file.parent
+    if file.is_dir() or not os.access(existing, os.W_OK):
         raise ResourceError(
             "E_OUTPUT_PLACE", f"{file}: cannot write there", hint="choose another file"
         )

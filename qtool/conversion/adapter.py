@@ -218,29 +218,29 @@ class _Reader:
             parts[KINDS[ending]] = tensor
             return
         name = name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
-        place = self._tensors.get(name)
-        if place is None:
+        target = self._tensors.get(name)
+        if target is None:
             raise self._unknown(tensor)
         module = name.removesuffix(".weight")
         saved = names_in(self._config, "modules_to_save")
         if any(module.endswith(one) for one in saved):  # as PEFT chooses them
             self._check_tied(module)
-        shape = self._checkpoint.tensors[place].shape
+        shape = self._checkpoint.tensors[target].shape
         if shape != tensor.shape:
             raise _refused(
-                f"{self._folder}: `{tensor.name}` is {list(tensor.shape)} and `{place}` of the "
+                f"{self._folder}: `{tensor.name}` is {list(tensor.shape)} and `{target}` of the "
                 f"model {list(shape)}",
                 "the adapter is of another model, or of one whose vocabulary was resized: resize "
                 "the model first",
             )
-        self.replaced[place] = tensor
+        self.replaced[target] = tensor
 
     def low_rank(self) -> dict[str, LowRank]:
         """Return what is added to matrices, by tensor of the checkpoint."""
         result = {}
         for module, parts in self._found.items():
-            place = self._tensors.get(f"{module}.weight")
-            if place is None:
+            target = self._tensors.get(f"{module}.weight")
+            if target is None:
                 raise self._unknown(next(iter(parts.values())))
             field = self._targets.reason_left_out(module)
             if field is not None:
@@ -249,10 +249,10 @@ class _Reader:
                     f"by `{field}` of its config",
                     f"correct `{field}` in {CONFIG}, or remove the tensors",
                 )
-            result[place] = self._low_rank(module, place, parts)
+            result[target] = self._low_rank(module, target, parts)
         return result
 
-    def _low_rank(self, module: str, place: str, parts: Mapping[str, TensorInfo]) -> LowRank:
+    def _low_rank(self, module: str, target: str, parts: Mapping[str, TensorInfo]) -> LowRank:
         missing = {"a", "b"} - parts.keys()
         has_magnitude = "magnitude" in parts
         if missing or has_magnitude != bool(self._config.get("use_dora")):
@@ -268,13 +268,13 @@ class _Reader:
         is_conv1d = self._checkpoint.config.get("model_type") in TRANSPOSED and not is_head(module)
         is_transposed = is_embedded or is_conv1d
         sizes = (*b.shape[:1], *a.shape[1:])
-        shape = self._checkpoint.tensors[place].shape
+        shape = self._checkpoint.tensors[target].shape
         rank = self._number(self._ranks, module, "r")
         is_matrix = len(a.shape) == len(b.shape) == 2 and a.shape[0] == b.shape[1] == rank
         if not is_matrix or shape != (sizes[::-1] if is_transposed else sizes):
             raise _refused(
                 f"{self._folder}: {list(a.shape)} and {list(b.shape)} of `{module}` are not of "
-                f"rank {rank:g} for `{place}` of {list(shape)}",
+                f"rank {rank:g} for `{target}` of {list(shape)}",
                 "the adapter is of another model",
             )
         if has_magnitude and (is_embedded or math.prod(parts["magnitude"].shape) != sizes[0]):

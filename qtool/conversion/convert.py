@@ -18,7 +18,7 @@ from qtool.checkpoint import (
     Checkpoint,
     SourceFiles,
     Staging,
-    check_place,
+    check_output,
     digest_files,
     open_checkpoint,
     resolve_model,
@@ -123,7 +123,7 @@ def convert(
     source = source_files(checkpoint)
     source_manifest = _source_manifest(checkpoint)
     inputs = [checkpoint.path, *checkpoint.weight_files]
-    check_place(
+    check_output(
         output,
         inputs=inputs,
         overwrite=options.overwrite,

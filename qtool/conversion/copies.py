@@ -72,15 +72,17 @@ def _cache_scale_writes(
     """Return what a scale of the KV cache becomes; one of keys and values becomes two."""
     if request.dequantizes:
         return ()
-    places = [request.format.cache_scale(scale.module, kind, tensor.count) for kind in scale.kind]
-    if None in places and not request.requantize:
+    targets = [request.format.cache_scale(scale.module, kind, tensor.count) for kind in scale.kind]
+    if None in targets and not request.requantize:
         raise request.cannot_hold(
             f"`{tensor.name}`: kv-cache: there is no place for the {tensor.count} scale(s) of the "
             "KV cache",
             "--requantize leaves them out",
         )
     return tuple(
-        Write(TensorSpec(place[0], tensor.dtype, place[1]), tensor) for place in places if place
+        Write(TensorSpec(target[0], tensor.dtype, target[1]), tensor)
+        for target in targets
+        if target
     )
 
 

@@ -50,7 +50,7 @@ class Agreement:
     """[N]: index of the document."""
 
     positions: list[int] = field(default_factory=list)
-    """[N]: place in the window."""
+    """[N]: position in the window."""
 
     reference_nll: list[float] = field(default_factory=list)
     """[N]: minus the log-probability of the token that follows; nats."""
@@ -83,16 +83,16 @@ class Agreement:
         """
         targets = torch.tensor([token for each in windows for token in each.ids[each.first :]])
         self.documents += [each.document for each in windows for _ in range(each.count)]
-        self.positions += [place for each in windows for place in range(each.first, len(each.ids))]
-        places = [
-            (each.document, each.start + place)
+        self.positions += [index for each in windows for index in range(each.first, len(each.ids))]
+        locations = [
+            (each.document, each.start + index)
             for each in windows
-            for place in range(each.first, len(each.ids))
+            for index in range(each.first, len(each.ids))
         ]
         for start in range(0, len(targets), ROWS):
             rows = slice(start, start + ROWS)
             self._add_rows(
-                places[rows],
+                locations[rows],
                 targets[rows].to(quantized.device),
                 _log_probabilities(reference[rows].to(quantized.device), is_log=is_log),
                 _log_probabilities(quantized[rows], is_log=False),
@@ -100,7 +100,7 @@ class Agreement:
 
     def _add_rows(
         self,
-        places: Sequence[tuple[int, int]],
+        locations: Sequence[tuple[int, int]],
         targets: Tensor,
         reference: Tensor,
         quantized: Tensor,
@@ -117,7 +117,7 @@ class Agreement:
         self.confident += (reference_best.values.exp() >= CONFIDENT).tolist()
         order = sorted(range(len(values)), key=lambda row: _rank(values[row]))[-WORST:]
         for row in order:
-            document, position = places[row]
+            document, position = locations[row]
             worst = WorstToken(
                 kl=values[row],
                 document=document,

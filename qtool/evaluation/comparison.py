@@ -150,7 +150,7 @@ def _stored(reference: Model, task: Task, folder: Path, on_event: OnEvent) -> _R
     )
     runs_on = "stored"
     if not file.is_complete or (task.prompts and _answers(file, task) is None):
-        file.check_place()
+        file.check_output()
         on_event(StageEvent("loading the reference"))
         with serving(reference.plan, spec) as served:
             _write(file, served, task, on_event)

@@ -51,7 +51,7 @@ class ReferenceFile:
     def _answers(self) -> Path:
         return self.path.with_suffix(".answers.json")
 
-    def check_place(self) -> None:
+    def check_output(self) -> None:
         """Make the folder. Raises: ResourceError, when nothing can be written there, or the disk
         has no room.
         """

@@ -128,9 +128,9 @@ class _InEngine:
         for batch in self._batches(windows):
             starts = itertools.accumulate((len(each.ids) for each in batch), initial=0)
             kept = [
-                start + place
+                start + index
                 for start, each in zip(starts, batch, strict=False)
-                for place in range(each.first - 1, len(each.ids) - 1)
+                for index in range(each.first - 1, len(each.ids) - 1)
             ]
             ids = [each.ids for each in batch]
             parts.append(prompt_logits(runner.model, runner.layers, ids, kept))

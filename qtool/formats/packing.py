@@ -48,9 +48,9 @@ def read_stored(info: TensorInfo) -> Tensor:
     Raises: CheckpointRefused, when torch has no such dtype or the file is shorter than it was.
     """
     dtype = torch_dtype(info)
-    data = torch.empty(sum(size for _, _, size in info.places), dtype=torch.uint8)
+    data = torch.empty(sum(size for _, _, size in info.byte_ranges), dtype=torch.uint8)
     filled = 0
-    for path, offset, size in info.places:
+    for path, offset, size in info.byte_ranges:
         with path.open("rb", buffering=0) as file:
             file.seek(offset)
             view, done = memoryview(data.numpy().data)[filled : filled + size], 0

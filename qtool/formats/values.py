@@ -222,7 +222,7 @@ def _pieces(tensor: TensorInfo, word_and_check: tuple[Word, Check] | None) -> It
     if word_and_check is None:
         return
     step = _whole_blocks(tensor, PIECE_BYTES)
-    for file, offset, size in tensor.places:
+    for file, offset, size in tensor.byte_ranges:
         for start in range(0, size, step):
             yield _Piece(tensor, file, offset + start, min(step, size - start), *word_and_check)
 

@@ -310,7 +310,7 @@ class _Listener:
 
 
 def _stage(request: Request, stack: ExitStack) -> tuple[Staging, Staging | None]:
-    """Return the places where the checkpoint and the calibrated state are written."""
+    """Return the paths where the checkpoint and the calibrated state are written."""
     plan = request.plan
     need_bytes = int(plan.bytes_after * 1.05) + request.source.aux_bytes
     if plan.recipe.backend == "gptqmodel":
@@ -351,8 +351,8 @@ def _job(request: Request, staging: Staging, state: Staging | None) -> Job:
 
 
 @contextmanager
-def _kept_log(staging: Staging, place: Path) -> Iterator[None]:
-    """Begin the run's log, and keep it at ``place`` when the run fails; a run that is refused or
+def _kept_log(staging: Staging, log: Path) -> Iterator[None]:
+    """Begin the run's log, and keep it at ``log`` when the run fails; a run that is refused or
     interrupted leaves none.
     """
     staging.log.write_bytes(LOG_MARK)
@@ -362,11 +362,11 @@ def _kept_log(staging: Staging, place: Path) -> Iterator[None]:
         raise
     except Exception as error:
         with suppress(OSError, OutputTaken):  # the first failure is the one to report
-            staging.publish_log(place)
-            has_output = place.stat().st_size > len(LOG_MARK)
+            staging.publish_log(log)
+            has_output = log.stat().st_size > len(LOG_MARK)
             if isinstance(error, BackendFailed | ResourceError) and has_output:
                 error.hint = "; ".join(
-                    filter(None, (error.hint, f"the output of the library is in {place}"))
+                    filter(None, (error.hint, f"the output of the library is in {log}"))
                 )
         raise
 

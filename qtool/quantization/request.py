@@ -20,7 +20,7 @@ from qtool.calibration import CalibrationSpec, check_source
 from qtool.checkpoint import (
     Checkpoint,
     SourceFiles,
-    check_place,
+    check_output,
     open_checkpoint,
     resolve_model,
     source_files,
@@ -96,9 +96,9 @@ class Request:
         """The inputs, and the folder of the saved state, which the output must not overlap."""
         return [*self.inputs, *([self.state_save] if self.state_save else [])]
 
-    def check_places(self) -> None:
-        """Check that the output, the log and the saved state can be written, by `check_place`."""
-        check_place(
+    def check_outputs(self) -> None:
+        """Check that the output, the log and the saved state can be written, by `check_output`."""
+        check_output(
             self.output,
             inputs=self.checkpoint_inputs,
             overwrite=self.overwrite,
@@ -106,7 +106,7 @@ class Request:
             log=self.log,
         )
         if self.state_save:
-            check_place(self.state_save, inputs=self.inputs, overwrite=self.overwrite)
+            check_output(self.state_save, inputs=self.inputs, overwrite=self.overwrite)
 
     def to_dict(self) -> JsonDict:
         """Return the plan and where it would go, for ``--json``."""
@@ -179,7 +179,7 @@ def prepare(
         gate_data=options.gate_data or "",
         keep_failed=options.keep_failed,
     )
-    request.check_places()
+    request.check_outputs()
     return request
 
 

@@ -98,8 +98,8 @@ def _check(
         f"`qtool inspect --model-path {shlex.quote(options.model_path)} --engine {engine} --tp "
         f"{options.tp or 1}` says more"
     )
-    place = f" on {gpu}" if gpu else ""
-    raise _refusal(report, f"{engine} {report.version}{place}", options.model_path, hints)
+    where = f" on {gpu}" if gpu else ""
+    raise _refusal(report, f"{engine} {report.version}{where}", options.model_path, hints)
 
 
 def _refusal(

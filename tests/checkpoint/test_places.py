@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from qtool.checkpoint import check_place, open_checkpoint, source_files, stage_output
+from qtool.checkpoint import check_output, open_checkpoint, source_files, stage_output
 from qtool.checkpoint.aux_files import NAMED_TEMPLATES, aux_files
 from qtool.checkpoint.manifest import check_manifest
 from qtool.checkpoint.staging_folder import MARK, is_mount_point
@@ -72,7 +72,7 @@ def test_a_folder_that_no_run_left_is_refused_and_kept(case, tmp_path):
     before = tree(tmp_path)
     for overwrite in (False, True):
         with pytest.raises(OutputTaken) as checked:
-            check_place(tmp_path / "out", inputs=[], overwrite=overwrite)
+            check_output(tmp_path / "out", inputs=[], overwrite=overwrite)
         with (
             pytest.raises(OutputTaken) as staged,
             stage_output(tmp_path / "out", inputs=[], overwrite=overwrite, need_bytes=0),
@@ -107,7 +107,7 @@ def test_a_staging_folder_of_another_user_is_refused(tmp_path):
     fill(tmp_path / ".out.qtool", {"lock": LOCK})
     os.chown(tmp_path / ".out.qtool", 65534, 65534)
     with pytest.raises(OutputTaken, match="another user"):
-        check_place(tmp_path / "out", inputs=[], overwrite=False)
+        check_output(tmp_path / "out", inputs=[], overwrite=False)
 
 
 @pytest.mark.parametrize("left", [{}, {"lock": ""}, {"lock": LOCK, "log": "x", "scratch/y": "x"}])
@@ -154,7 +154,7 @@ def test_overwrite_replaces_only_what_qtool_wrote(case, tmp_path):
     fill(tmp_path / "out", FOREIGN_OUTPUTS[case])
     before = tree(tmp_path)
     with pytest.raises(OutputTaken, match="qtool did not write") as caught:
-        check_place(tmp_path / "out", inputs=[], overwrite=True)
+        check_output(tmp_path / "out", inputs=[], overwrite=True)
     assert caught.value.code == "E_OUTPUT_EXISTS"
     assert tree(tmp_path) == before
 
@@ -165,7 +165,7 @@ def test_a_mount_point_is_no_output_to_replace(monkeypatch, tmp_path):
     fill(tmp_path / "out", {"qtool-state.json": '{"state_version": 1}'})
     monkeypatch.setattr("qtool.checkpoint.writer.is_mount_point", lambda path: True)
     with pytest.raises(OutputTaken, match="mount point"):
-        check_place(tmp_path / "out", inputs=[], overwrite=True)
+        check_output(tmp_path / "out", inputs=[], overwrite=True)
 
 
 @pytest.mark.parametrize("kind", ["folder", "file", "link", "dangling link", "fifo"])
@@ -181,21 +181,21 @@ def test_a_log_replaces_only_a_log(kind, tmp_path):
     else:
         log.symlink_to("of a run" if kind == "link" else "none")
     with pytest.raises(OutputTaken) as caught:
-        check_place(tmp_path / "out", inputs=[], overwrite=True, log=log)
+        check_output(tmp_path / "out", inputs=[], overwrite=True, log=log)
     assert (caught.value.code, caught.value.exit_code) == ("E_LOG_PLACE", 6)
 
 
 @pytest.mark.parametrize("content", [b"", LOG_MARK, LOG_MARK + b"of a run"])
 def test_the_log_of_a_former_run_is_replaced(content, tmp_path):
     (tmp_path / "out.qtool.log").write_bytes(content)
-    check_place(tmp_path / "out", inputs=[], overwrite=True, log=tmp_path / "out.qtool.log")
+    check_output(tmp_path / "out", inputs=[], overwrite=True, log=tmp_path / "out.qtool.log")
 
 
 @pytest.mark.parametrize("length", [246, 248, 249, 255])
 def test_names_that_are_too_long_for_log_or_staging_are_found(length, tmp_path):
     output = tmp_path / ("x" * length)
     with pytest.raises(ResourceError, match="too long") as caught:
-        check_place(
+        check_output(
             output, inputs=[], overwrite=False, log=output.with_name(f"{output.name}.qtool.log")
         )
     assert (caught.value.code, caught.value.exit_code) == ("E_OUTPUT_PLACE", 4)
@@ -204,7 +204,7 @@ def test_names_that_are_too_long_for_log_or_staging_are_found(length, tmp_path):
 def test_paths_that_are_too_deep_for_a_carried_file_are_found(tmp_path):
     deep = Path(tmp_path, *["x" * 250] * ((4090 - len(str(tmp_path))) // 251))
     with pytest.raises(ResourceError, match="too long"):
-        check_place(deep / "out", inputs=[], overwrite=False, names=["t" * 200])
+        check_output(deep / "out", inputs=[], overwrite=False, names=["t" * 200])
 
 
 # What is carried along

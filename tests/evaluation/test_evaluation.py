@@ -142,7 +142,7 @@ def test_side_by_side_and_from_the_cache_are_the_same(int8, tmp_path):
 
 def test_a_damaged_cache_is_refused_or_written_again(tmp_path):
     file = ReferenceFile(tmp_path / "cache" / "x.logprobs", 3, 50)
-    file.check_place()
+    file.check_output()
     stored = as_stored(torch.randn(3, 50) * 20)
     assert torch.allclose(from_stored(stored, file.path).exp().sum(-1), torch.ones(3))
     for number in (0, math.nan):
@@ -155,7 +155,7 @@ def test_a_damaged_cache_is_refused_or_written_again(tmp_path):
         assert file.read_answers(1) is None
     (tmp_path / "file").touch()
     with pytest.raises(ResourceError, match="cannot write there"):
-        ReferenceFile(tmp_path / "file" / "x.logprobs", 3, 50).check_place()
+        ReferenceFile(tmp_path / "file" / "x.logprobs", 3, 50).check_output()
     huge = ReferenceFile(tmp_path / "cache" / "x.logprobs", 1 << 40, 1 << 10)
     with pytest.raises(ResourceError, match=r"need 2251\.80 TB"), huge.writing():
         pass

@@ -63,7 +63,7 @@ class Measure:
         return "NaN" if math.isnan(value) else self.cell_text(value)
 
     def shade(self, value: float) -> float:
-        """Return the place of ``value`` between ``low``, 0, and ``high``, 1; NaN counts as 1."""
+        """Return where ``value`` lies between ``low``, 0, and ``high``, 1; NaN counts as 1."""
         if math.isnan(value):
             return 1.0
         low = self.scale(self.low)
@@ -194,7 +194,7 @@ class _Columns:
         count = len(self.firsts)
         return 1 if count <= 32 else math.ceil(count / 20)
 
-    def place(self, column: int | None) -> str:
+    def where(self, column: int | None) -> str:
         """Return which layers ``column`` stands for, in words."""
         if column is None:
             return "outside the layers"
@@ -223,7 +223,7 @@ class _Grid:
             self.measure,
             self.details,
             members,
-            place=f"{label}, {self.columns.place(column)}",
+            where=f"{label}, {self.columns.where(column)}",
             words=label if shared else f"{_layer_part(members[0])} {label}".strip(),
         )
 
@@ -262,7 +262,7 @@ def _members(
 
 
 def _cell(
-    measure: Measure, details: ModuleDetails, members: Sequence[Module], *, place: str, words: str
+    measure: Measure, details: ModuleDetails, members: Sequence[Module], *, where: str, words: str
 ) -> Cell:
     values = [measure.values[module.name] for module in members]
     finite = [value for value in values if math.isfinite(value)]
@@ -274,7 +274,7 @@ def _cell(
         size = sum(module.size_bytes for module in members)
         counts = Counter(map(stored_as, members)).most_common(4)
         lines = [
-            f"{place}: {len(members):,} modules",
+            f"{where}: {len(members):,} modules",
             ", ".join(f"{scheme} × {count}" for scheme, count in counts),
             f"{format_size(size)}, mean {measure.text(mean)}, worst {worst_text}",
             "",
