@@ -35,7 +35,7 @@ class MtpNames:
 
     block: str
     """The decoder layer in it, e.g. ``model.layers.61``."""
-    place: str
+    target: str
     """Its name among the model's decoder layers, as the one after the last."""
     embedding_norm: str
     hidden_norm: str
@@ -102,7 +102,7 @@ def _names(checkpoint: Checkpoint, *, is_own_module: bool) -> MtpNames:
     if is_own_module:
         return MtpNames(
             block="mtp.layers.0",
-            place=f"{decoder}layers.{number}",
+            target=f"{decoder}layers.{number}",
             embedding_norm="mtp.pre_fc_norm_embedding",
             hidden_norm="mtp.pre_fc_norm_hidden",
             norm="mtp.norm",
@@ -114,7 +114,7 @@ def _names(checkpoint: Checkpoint, *, is_own_module: bool) -> MtpNames:
     layer = f"model.layers.{number}"
     return MtpNames(
         block=layer,
-        place=layer,
+        target=layer,
         embedding_norm=f"{layer}.enorm",
         hidden_norm=f"{layer}.hnorm",
         norm=f"{layer}.shared_head.norm",
@@ -168,7 +168,7 @@ def loaded_shapes(
             message = f"{checkpoint.place}: `{part}.weight` is {list(shape)}, not {list(wanted)}"
             raise CheckpointRefused("E_SPECULATION", message, hint=HINT)
     return {
-        moved_name(name, (names.block, names.place)): shape
+        moved_name(name, (names.block, names.target)): shape
         for name, shape in shapes.items()
         if name.startswith(f"{names.block}.") or not is_mtp_layer(checkpoint, name)
     }

@@ -64,7 +64,7 @@ def names_in(
     """
     mapper = _Mapper(checkpoint, model, uncalled, moved)
     for name, shape in model_tensors(checkpoint, layout).items():
-        mapper.place(name, shape)
+        mapper.map(name, shape)
     return NameMap(
         linears=mapper.linears,
         unused=mapper.unused,
@@ -76,7 +76,7 @@ def names_in(
 
 
 class _Mapper:
-    """Finds the place of one tensor after another."""
+    """Finds what one tensor after another becomes in the model."""
 
     def __init__(
         self,
@@ -105,17 +105,17 @@ class _Mapper:
         self._uncalled = uncalled
         self._moved = moved
 
-    def place(self, name: str, shape: Shape) -> None:
+    def map(self, name: str, shape: Shape) -> None:
         """Find what the model does with the tensor ``name``."""
         renamed = self._renamed(name)
         parameter, converter = self._target(name, renamed)
         if parameter.startswith(self._towers):
             self.towers.add(name)
         if parameter in self._parameters and converter is None:
-            self._place_as_it_is(name, shape, parameter)
+            self._map_as_it_is(name, shape, parameter)
         elif parameter in self._parameters and converter:
-            self._place_converted(name, shape, renamed, parameter, converter)
-        elif not self._place_split(name, shape, parameter):
+            self._map_converted(name, shape, renamed, parameter, converter)
+        elif not self._map_split(name, shape, parameter):
             self.unused[name] = self._why_unused(name)
 
     def _renamed(self, name: str) -> str:
@@ -142,7 +142,7 @@ class _Mapper:
             return MTP
         return f"{type(self._model).__name__} does not load it"
 
-    def _place_as_it_is(self, name: str, shape: Shape, parameter: str) -> None:
+    def _map_as_it_is(self, name: str, shape: Shape, parameter: str) -> None:
         if parameter != name:
             self.renamed[parameter] = name
         module, _, last = parameter.rpartition(".")
@@ -157,8 +157,8 @@ class _Mapper:
         elif len(shape) > 1 and not isinstance(holder, nn.Embedding):
             self.not_linear[name] = f"{type(holder).__name__}, not Linear"
 
-    def _place_split(self, name: str, shape: Shape, parameter: str) -> bool:
-        """Place a tensor of one expert that the model has in stacks alone; return whether it is."""
+    def _map_split(self, name: str, shape: Shape, parameter: str) -> bool:
+        """Map a tensor of one expert that the model has in stacks alone; return whether it is."""
         found = ONE_EXPERT.fullmatch(parameter)
         if not found:
             return False
@@ -191,7 +191,7 @@ class _Mapper:
     def _is_interleaved(self, holder: str, kinds: Sequence[str]) -> bool:
         return len(kinds) > 1 and not getattr(self._modules[holder], "is_concatenated", True)
 
-    def _place_converted(
+    def _map_converted(
         self,
         name: str,
         shape: Shape,
@@ -199,7 +199,7 @@ class _Mapper:
         parameter: str,
         converter: WeightConverter,
     ) -> None:
-        """Place a tensor that transformers changes: one expert of a stack, or all of them."""
+        """Map a tensor that transformers changes: one expert of a stack, or all of them."""
         operations = [type(operation).__name__ for operation in converter.operations]
         holder, _, attribute = parameter.rpartition(".")
         if operations in STACKING and len(shape) == 2:

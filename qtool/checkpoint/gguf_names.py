@@ -227,7 +227,7 @@ MODEL_TYPES: Mapping[str, Architecture] = {
 
 
 @dataclass(frozen=True)
-class Place:
+class Target:
     """Where a tensor of a GGUF file belongs."""
 
     name: str
@@ -247,33 +247,33 @@ def stem_of(tensor: str) -> str:
     return found[2] if found else tensor.rpartition(".")[0]
 
 
-def place_of(architecture: Architecture, tensor: str) -> Place | None:
+def target_of(architecture: Architecture, tensor: str) -> Target | None:
     """Return where ``tensor`` belongs; None when the architecture has no such tensor."""
     found = LAYER_TENSOR.fullmatch(tensor)
     if found is None:
-        return _place_outside(architecture, tensor)
+        return _target_outside(architecture, tensor)
     number, stem, suffix = found.groups()
     prefix = f"model.layers.{number}"
     if stem in architecture.layer:
         module = architecture.layer[stem]
         # a parameter of its module, not a module
         name = f"{prefix}.{module}" if module == SINKS else f"{prefix}.{module}.{suffix}"
-        return Place(name, stem, "", suffix)
+        return Target(name, stem, "", suffix)
     if architecture.experts is None:
         return None
     module, layers = f"{prefix}.{architecture.experts_module}", architecture.expert_layers
     if stem in layers:
-        return Place(module, stem, layers[stem], suffix)
+        return Target(module, stem, layers[stem], suffix)
     expert = EXPERT_TENSOR.fullmatch(stem)
     if expert is None or architecture.experts == "stacked":
         return None
-    return Place(f"{module}.{expert[2]}.{layers[f'{expert[1]}_exps']}.{suffix}", stem, "", suffix)
+    return Target(f"{module}.{expert[2]}.{layers[f'{expert[1]}_exps']}.{suffix}", stem, "", suffix)
 
 
-def _place_outside(architecture: Architecture, tensor: str) -> Place | None:
+def _target_outside(architecture: Architecture, tensor: str) -> Target | None:
     """Return where ``tensor``, which is of no layer, belongs; None when nowhere."""
     found = MODEL_TENSOR.fullmatch(tensor)
     if found is None or found[1] not in architecture.model:
         return None
     stem, suffix = found.groups()
-    return Place(f"{architecture.model[stem]}.{suffix}", stem, "", suffix)
+    return Target(f"{architecture.model[stem]}.{suffix}", stem, "", suffix)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from qtool.checkpoint.arrangement import Arrangement
 from qtool.checkpoint.gguf_fields import bad_shape
 from qtool.checkpoint.gguf_header import MAX_TENSORS, GgufHeader, GgufTensor
-from qtool.checkpoint.gguf_names import GATE_UP, ROPE_FACTORS, Architecture, Place, place_of
+from qtool.checkpoint.gguf_names import GATE_UP, ROPE_FACTORS, Architecture, Target, target_of
 from qtool.checkpoint.gguf_types import QUANTIZED
 from qtool.checkpoint.model import TensorInfo
 from qtool.checkpoint.strict_json import Json, refused
@@ -41,54 +41,56 @@ def _infos(
 ) -> Iterator[TensorInfo]:
     if tensor.name in ROPE_FACTORS:
         return
-    place = _place(architecture, tensor)
-    if place.expert_layer and architecture.experts == "apart":
-        yield from _experts_apart(tensor, place)
-    elif place.expert_layer:
-        yield from _stacked_experts(header, tensor, place)
+    target = _target(architecture, tensor)
+    if target.expert_layer and architecture.experts == "apart":
+        yield from _experts_apart(tensor, target)
+    elif target.expert_layer:
+        yield from _stacked_experts(header, tensor, target)
     else:
-        yield _info(architecture, config, tensor, place)
+        yield _info(architecture, config, tensor, target)
 
 
-def _place(architecture: Architecture, tensor: GgufTensor) -> Place:
+def _target(architecture: Architecture, tensor: GgufTensor) -> Target:
     """Return where ``tensor`` belongs; CheckpointRefused when nowhere."""
-    place = place_of(architecture, tensor.name)
-    if place is None:
+    target = target_of(architecture, tensor.name)
+    if target is None:
         raise refused(
             "E_GGUF_TENSOR",
             f"{tensor.file}: tensor `{tensor.name}` is none of the architecture "
             f"`{architecture.name}` as qtool knows it",
             "llama.cpp may load it: the model has parts that transformers' class lacks",
         )
-    if tensor.type in QUANTIZED and (len(tensor.shape) < 2 or place.suffix != "weight"):
+    if tensor.type in QUANTIZED and (len(tensor.shape) < 2 or target.suffix != "weight"):
         raise refused(
             "E_GGUF_TENSOR",
             f"{tensor.file}: tensor `{tensor.name}` is {tensor.type}, and only matrices are "
             "quantized",
         )
-    return place
+    return target
 
 
-def _info(architecture: Architecture, config: Json, tensor: GgufTensor, place: Place) -> TensorInfo:
+def _info(
+    architecture: Architecture, config: Json, tensor: GgufTensor, target: Target
+) -> TensorInfo:
     shape = tensor.shape
-    if place.stem == "ffn_gate_inp_shexp" and len(shape) == 1:  # of one output
+    if target.stem == "ffn_gate_inp_shexp" and len(shape) == 1:  # of one output
         shape = (1, *shape)
-    arrangement = _arrangement(architecture, config, tensor, place)
+    arrangement = _arrangement(architecture, config, tensor, target)
     return TensorInfo(
-        place.name, tensor.type, shape, tensor.file, tensor.offset, tensor.size_bytes, arrangement
+        target.name, tensor.type, shape, tensor.file, tensor.offset, tensor.size_bytes, arrangement
     )
 
 
 def _arrangement(
-    architecture: Architecture, config: Json, tensor: GgufTensor, place: Place
+    architecture: Architecture, config: Json, tensor: GgufTensor, target: Target
 ) -> Arrangement | None:
     """Return what undoes what llama.cpp's converter did to ``tensor``."""
-    if field := architecture.permuted_heads(place.stem):
+    if field := architecture.permuted_heads(target.stem):
         heads = int(config[field])
         if tensor.shape[0] % (2 * heads):
             raise bad_shape(tensor, f"{heads} heads of pairs of channels")
         return Arrangement(heads=heads)
-    shift = architecture.norm_shift_of(place.stem)
+    shift = architecture.norm_shift_of(target.stem)
     if not shift:
         return None
     if tensor.type != "F32":
@@ -98,13 +100,13 @@ def _arrangement(
     return Arrangement(shift=-shift)
 
 
-def _experts_apart(tensor: GgufTensor, place: Place) -> Iterator[TensorInfo]:
-    _check_stack(tensor, place)
+def _experts_apart(tensor: GgufTensor, target: Target) -> Iterator[TensorInfo]:
+    _check_stack(tensor, target)
     count, *shape = tensor.shape
     size = tensor.size_bytes // count
     for expert in range(count):
         yield TensorInfo(
-            f"{place.name}.{expert}.{place.expert_layer}.{place.suffix}",
+            f"{target.name}.{expert}.{target.expert_layer}.{target.suffix}",
             tensor.type,
             tuple(shape),
             tensor.file,
@@ -113,20 +115,22 @@ def _experts_apart(tensor: GgufTensor, place: Place) -> Iterator[TensorInfo]:
         )
 
 
-def _check_stack(tensor: GgufTensor, place: Place) -> None:
-    if len(tensor.shape) != (3 if place.suffix == "weight" else 2):
+def _check_stack(tensor: GgufTensor, target: Target) -> None:
+    if len(tensor.shape) != (3 if target.suffix == "weight" else 2):
         raise bad_shape(tensor, "a stack of experts")
 
 
-def _stacked_experts(header: GgufHeader, tensor: GgufTensor, place: Place) -> Iterator[TensorInfo]:
+def _stacked_experts(
+    header: GgufHeader, tensor: GgufTensor, target: Target
+) -> Iterator[TensorInfo]:
     """Yield the stack that ``tensor`` is, or makes with another, whose rows come between."""
-    _check_stack(tensor, place)
-    is_weight = place.suffix == "weight"
-    if place.expert_layer == "up_proj":
+    _check_stack(tensor, target)
+    is_weight = target.suffix == "weight"
+    if target.expert_layer == "up_proj":
         _partner(header, tensor, "ffn_up_exps", "ffn_gate_exps")
         return  # its rows come with those of gate
     other, shape = None, tensor.shape
-    if place.expert_layer == "gate_proj":
+    if target.expert_layer == "gate_proj":
         partner = _partner(header, tensor, "ffn_gate_exps", "ffn_up_exps")
         other = partner.file, partner.offset
         shape = (shape[0], 2 * shape[1], *shape[2:])
@@ -134,9 +138,9 @@ def _stacked_experts(header: GgufHeader, tensor: GgufTensor, place: Place) -> It
     if is_weight and tensor.type not in QUANTIZED:
         shape = (shape[0], shape[2], shape[1])
         arrangement = arrangement._replace(is_transposed=True)
-    parameter = GATE_UP if place.expert_layer == "gate_proj" else place.expert_layer
+    parameter = GATE_UP if target.expert_layer == "gate_proj" else target.expert_layer
     yield TensorInfo(
-        f"{place.name}.{parameter}{'' if is_weight else '_bias'}",
+        f"{target.name}.{parameter}{'' if is_weight else '_bias'}",
         tensor.type,
         shape,
         tensor.file,

@@ -74,7 +74,7 @@ def _schemes(checkpoint: Checkpoint, parts: str, dtype: torch.dtype) -> dict[str
     found: dict[str, set[str]] = {}
     for name, module in (layout.modules if layout else {}).items():
         if skeleton.is_loaded(f"{name}.weight"):
-            part = _part_of(skeleton.place(name).module, parts)
+            part = _part_of(skeleton.target(name).module, parts)
             found.setdefault(part, set()).add(module.scheme.name)
     return found
 

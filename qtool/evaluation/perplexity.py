@@ -52,18 +52,18 @@ def load_dequantized(checkpoint: Checkpoint, *, dtype: torch.dtype = torch.bfloa
     rounding: dict[str, _InputRounding] = {}
     stacks = ExpertStacks()
     for name, module in layers.items():
-        place = skeleton.place(name)
+        target = skeleton.target(name)
         assert layout is not None
         weight = formats.read(checkpoint, layout, name)
         matrix, rounds = dequantize(weight, dtype), _InputRounding.of(weight)
         if name in apart:
             for number, part in enumerate(matrix.chunk(module.experts)):
-                expert = number if module.experts > 1 else place.expert
-                stacks.add(replace(place, expert=expert), _expert(part, rounds))
+                expert = number if module.experts > 1 else target.expert
+                stacks.add(replace(target, expert=expert), _expert(part, rounds))
             continue
         state[f"{name}.weight"] = matrix
         if rounds.does_something:
-            rounding[place.module] = rounds
+            rounding[target.module] = rounds
     for name in apart.keys() - layers:
         stacks.add(apart[name], _expert(read_tensor(checkpoint, f"{name}.weight").to(dtype)))
     state |= _unquantized_state(skeleton, layout, apart)
@@ -80,20 +80,22 @@ def _experts_apart(
     """Return the experts, quantized or not, that transformers cannot put in stacks: it has no
     names for them, or their inputs are rounded.
     """
-    places = {name: skeleton.place(name) for name in layers}
+    targets = {name: skeleton.target(name) for name in layers}
     holders = {
-        place.module
-        for name, place in places.items()
-        if place.parameter
-        and (place.is_split or layers[name].experts > 1 or layers[name].scheme.activations)
+        target.module
+        for name, target in targets.items()
+        if target.parameter
+        and (target.is_split or layers[name].experts > 1 or layers[name].scheme.activations)
     }
     experts = {
-        name: place
-        for name, place in {**skeleton.names.linears, **places}.items()
-        if place.parameter and (name in places or not place.is_stacked)
+        name: target
+        for name, target in {**skeleton.names.linears, **targets}.items()
+        if target.parameter and (name in targets or not target.is_stacked)
     }
     return {
-        name: place for name, place in experts.items() if place.is_split or place.module in holders
+        name: target
+        for name, target in experts.items()
+        if target.is_split or target.module in holders
     }
 
 

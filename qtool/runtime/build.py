@@ -42,15 +42,18 @@ def build_modules(
         _read_member(plan, source, tensors)
         for source, tensors in zip(group.sources, raw, strict=True)
     ]
-    is_grouped = group.sources[0].place.module in plan.experts
+    is_grouped = group.sources[0].target.module in plan.experts
     if group.sources[0].experts > 1:
         (stack,) = members
-        for place, weight in _unstack_experts(stack):
-            yield place, weight if is_grouped else QuantizedLinear(group.spec, group.choice, weight)
+        for target, weight in _unstack_experts(stack):
+            yield (
+                target,
+                weight if is_grouped else QuantizedLinear(group.spec, group.choice, weight),
+            )
         return
     if is_grouped:
         for member in members:
-            yield member.source.place, member.weight
+            yield member.source.target, member.weight
         return
     while members:
         same = [same_input(members[0].weight, member.weight) for member in members]
@@ -65,7 +68,7 @@ def _unstack_experts(stack: _Member) -> Iterator[tuple[LinearWeight, QuantizedWe
     size = source.shape[0] // source.experts
     for expert in range(source.experts):
         piece = rows(stack.weight, expert * size, (expert + 1) * size)
-        yield replace(source.place, expert=expert), piece
+        yield replace(source.target, expert=expert), piece
 
 
 def _read_member(plan: LoadPlan, source: Source, tensors: RawTensors) -> _Member:
@@ -101,12 +104,12 @@ def _fuse(plan: LoadPlan, members: list[_Member]) -> Iterator[tuple[LinearWeight
         spec = with_channel_scales(spec)
         choice = cached_choice(spec, device_of(plan.device), second_copy=plan.second_copy)
     whole = QuantizedLinear(spec, choice, weight, bias)
-    if len(sources) == 1 or sources[0].place.parameter:
-        yield sources[0].place, whole
+    if len(sources) == 1 or sources[0].target.parameter:
+        yield sources[0].target, whole
         return
     shared = SharedInput(whole, [source.shape[0] for source in sources])
     for index, source in enumerate(sources):
-        yield source.place, FusedLinear(shared, index)
+        yield source.target, FusedLinear(shared, index)
 
 
 def _join_biases(members: Sequence[_Member]) -> Tensor | None:

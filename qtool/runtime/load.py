@@ -83,17 +83,17 @@ def materialize(plan: LoadPlan, *, on_progress: OnProgress | None = None) -> Cau
         model = _load_unquantized(plan, pool)
         stacks = ExpertStacks(plan.experts)
         for done, (group, raw) in enumerate(_read_ahead(plan, pool), 1):
-            for place, module in build_modules(plan, group, raw):
-                if place.parameter:
-                    stacks.add(place, module)
+            for target, module in build_modules(plan, group, raw):
+                if target.parameter:
+                    stacks.add(target, module)
                 elif isinstance(module, nn.Module):
-                    model.set_submodule(place.module, module)
+                    model.set_submodule(target.module, module)
             stacks.install_complete(model)
             _trim_heap()
             if on_progress:
                 on_progress(done, len(plan.groups))
         for source in plan.unquantized_experts:
-            stacks.add(source.place, build_unquantized(plan, source))
+            stacks.add(source.target, build_unquantized(plan, source))
     stacks.install(model)
     if plan.mtp is not None:
         attach_mtp(plan, model)
@@ -114,11 +114,11 @@ def _load_unquantized(plan: LoadPlan, pool: ThreadPoolExecutor) -> CausalLM:
     tensors = pool.map(lambda name: read_checked(plan, name), names)
     state = dict(zip(names, tensors, strict=True)) | dequantized_weights(plan)
     state |= stacked_biases(
-        ((source.name, source.place) for source in plan.sources),
+        ((source.name, source.target) for source in plan.sources),
         lambda name: read_checked(plan, name),
         checkpoint.tensors,
     )
-    return skeleton.materialize({source.place for source in plan.sources}, state, plan.device)
+    return skeleton.materialize({source.target for source in plan.sources}, state, plan.device)
 
 
 def _trim_heap() -> None:
@@ -158,7 +158,7 @@ def _read(plan: LoadPlan, source: Source) -> RawTensors:
         else {suffix: tensor.name for suffix, tensor in module.tensors.items() if suffix != "bias"}
     )
     bias = f"{source.name}.bias"
-    if bias in plan.checkpoint.tensors and not source.place.parameter:
+    if bias in plan.checkpoint.tensors and not source.target.parameter:
         names["bias"] = bias
     return {suffix: read_checked(plan, name) for suffix, name in names.items()}
 

@@ -132,7 +132,7 @@ def plan_load(
     names = find_mtp(checkpoint) if mtp else None
     whole = with_mtp_layer(checkpoint) if names else checkpoint
     built = whole if encoding is None else without_head(checkpoint)
-    moved = (names.block, names.place) if names else None
+    moved = (names.block, names.target) if names else None
     skeleton = Skeleton(built, layout, computed_in, moved)
     head = head_of(skeleton, encoding) if encoding is not None else None
     warned = [
@@ -223,9 +223,9 @@ def _checkpoint_dtype(checkpoint: Checkpoint, device: torch.device) -> torch.dty
 def _source(skeleton: Skeleton, layout: Layout | None, name: str, scheme: Scheme) -> Source:
     module = layout.modules.get(name) if layout else None
     if module:
-        return Source(name, skeleton.place(name), module.shape, scheme, module.experts)
+        return Source(name, skeleton.target(name), module.shape, scheme, module.experts)
     shape = _weight_shape(skeleton.checkpoint, name)
-    return Source(name, skeleton.place(name), shape, scheme)
+    return Source(name, skeleton.target(name), shape, scheme)
 
 
 def _weight_shape(checkpoint: Checkpoint, name: str) -> tuple[int, int]:
@@ -253,7 +253,7 @@ def _trace(
     called = [
         source
         for source in linears
-        if source.place.parameter or source.place.module in trace.called
+        if source.target.parameter or source.target.module in trace.called
     ]
     read_directly = [source for source in linears if source not in called]
     return called, trace.sharing, [*looked_up, *read_directly]
@@ -286,7 +286,7 @@ def _make_groups(
 
 def _packed_as_a_whole(group: Group, experts: Mapping[str, GroupedPlan]) -> Group:
     """Return ``group`` with the kernel of its layer of experts, if that is packed as a whole."""
-    layer = experts.get(group.sources[0].place.module)
+    layer = experts.get(group.sources[0].target.module)
     return replace(group, choice=Choice(layer.kernel, {})) if layer else group
 
 
@@ -295,27 +295,27 @@ def _fusible(sharing: Sequence[Sequence[str]], sources: Sequence[Source]) -> lis
     input_of = {name: number for number, names in enumerate(sharing) for name in names}
     groups: dict[tuple[object, ...], list[Source]] = {}
     for source in sources:
-        key = (_input_key(source.place, input_of), source.scheme, source.shape[1])
+        key = (_input_key(source.target, input_of), source.scheme, source.shape[1])
         groups.setdefault(key, []).append(source)
     fusible = []
     for members in groups.values():
-        members.sort(key=lambda source: source.place.part)
+        members.sort(key=lambda source: source.target.part)
         fusible += [members] if _can_join(members) else [[source] for source in members]
     return fusible
 
 
-def _input_key(place: LinearWeight, input_of: Mapping[str, int]) -> object:
+def _input_key(target: LinearWeight, input_of: Mapping[str, int]) -> object:
     """Return what layers with the same input have in common."""
-    if place.parameter:
-        return place.module, place.parameter, place.expert
-    return input_of.get(place.module, place.module)
+    if target.parameter:
+        return target.module, target.parameter, target.expert
+    return input_of.get(target.module, target.module)
 
 
 def _can_join(members: Sequence[Source]) -> bool:
     """Whether the outputs of the layers lie side by side, and no block of weights under one scale
     would reach over two of them.
     """
-    if any(source.place.is_interleaved for source in members):
+    if any(source.target.is_interleaved for source in members):
         return False
     block = members[0].scheme.weights.block if members[0].scheme else None
     return not block or all(source.shape[0] % block[0] == 0 for source in members)
@@ -350,7 +350,7 @@ def _unquantized_experts(
     """Return the experts that are not quantized, beside experts that are or that transformers
     loads in stacks alone.
     """
-    holders = {source.place.module for source in sources if source.place.parameter}
+    holders = {source.target.module for source in sources if source.target.parameter}
     return [
         Source(name, linear, linear.shape, scheme=None)
         for name, linear in skeleton.names.linears.items()
@@ -363,7 +363,7 @@ def _unquantized_experts(
 
 def _check_experts(skeleton: Skeleton, sources: Sequence[Source]) -> None:
     """Raise CheckpointRefused if a stack of experts is not complete."""
-    missing = skeleton.missing_experts([source.place for source in sources])
+    missing = skeleton.missing_experts([source.target for source in sources])
     if missing:
         raise CheckpointRefused(
             "E_TENSORS",

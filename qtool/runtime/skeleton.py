@@ -49,7 +49,7 @@ class Skeleton:
         """Modules beside the language model, which are not loaded."""
         self._modules: Mapping[str, nn.Module] = dict(model.named_modules())
 
-    def place(self, name: str) -> LinearWeight:
+    def target(self, name: str) -> LinearWeight:
         """Return where the layer that the checkpoint calls ``name`` goes, a linear one or one of
         embeddings; a stack of experts counts as one layer.
 
@@ -81,13 +81,13 @@ class Skeleton:
         """
         return tensor not in self.names.unused and tensor not in self.names.towers
 
-    def missing_experts(self, places: Iterable[LinearWeight]) -> list[str]:
-        """Return which experts, or parts of them, the stacks at ``places`` still lack."""
+    def missing_experts(self, targets: Iterable[LinearWeight]) -> list[str]:
+        """Return which experts, or parts of them, the stacks of ``targets`` still lack."""
         present: dict[tuple[str, str, int], set[tuple[int | None, int]]] = {}
-        for place in places:
-            if place.parameter and not place.is_stacked:
-                stack = (place.module, place.parameter, place.parts)
-                present.setdefault(stack, set()).add((place.expert, place.part))
+        for target in targets:
+            if target.parameter and not target.is_stacked:
+                stack = (target.module, target.parameter, target.parts)
+                present.setdefault(stack, set()).add((target.expert, target.part))
         missing = []
         for (module, parameter, parts), found in sorted(present.items()):
             count = self._modules[module].get_parameter(parameter).shape[0]
@@ -117,9 +117,9 @@ class Skeleton:
 
         state = {moved_name(name, self._moved): tensor for name, tensor in state.items()}
         head = self.model.get_output_embeddings()
-        if any(self._modules[place.module] is head for place in removed):
+        if any(self._modules[target.module] is head for target in removed):
             self._untie_head()
-        if any(place.parameter for place in removed):
+        if any(target.parameter for target in removed):
             # one expert after another, through `linear`
             self.config._experts_implementation = "eager"
         model_class = type(self.model)
@@ -162,8 +162,8 @@ def _class_without(
         model_class.__init__(model, config)  # type: ignore[misc]
         for tower in towers:
             _replace(model, tower)
-        for place in removed:
-            _remove(model, place)
+        for target in removed:
+            _remove(model, target)
 
     members = {
         "__init__": initialize,
@@ -173,15 +173,15 @@ def _class_without(
     return type(model_class.__name__, (model_class,), members)
 
 
-def _remove(model: nn.Module, place: LinearWeight) -> None:
-    """Take the layer at ``place`` out of ``model``, and keep transformers from initializing it."""
-    if place.parameter:
-        holder = model.get_submodule(place.module)
-        holder._parameters.pop(place.parameter, None)
+def _remove(model: nn.Module, target: LinearWeight) -> None:
+    """Take the layer ``target`` out of ``model``, and keep transformers from initializing it."""
+    if target.parameter:
+        holder = model.get_submodule(target.module)
+        holder._parameters.pop(target.parameter, None)
         # or transformers would look for the parameter, to give it random numbers
         holder._is_hf_initialized = True  # type: ignore[assignment]
     else:
-        _replace(model, place.module)
+        _replace(model, target.module)
 
 
 def _replace(model: nn.Module, name: str) -> None:

@@ -13,7 +13,7 @@ class Source:
     """A linear layer of the checkpoint."""
 
     name: str
-    place: LinearWeight
+    target: LinearWeight
     """Where it goes in the model."""
     shape: tuple[int, int]
     """N outputs, K inputs."""

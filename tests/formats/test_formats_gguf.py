@@ -19,7 +19,7 @@ from support.small_models import publish
 
 import qtool
 from qtool.checkpoint import open_checkpoint
-from qtool.checkpoint.gguf_names import ARCHITECTURES, EXPERTS, MODEL_TYPES, place_of
+from qtool.checkpoint.gguf_names import ARCHITECTURES, EXPERTS, MODEL_TYPES, target_of
 from qtool.errors import CheckpointRefused, UsageError
 from qtool.events import NoteEvent
 from qtool.formats import detect, problem_in, read
@@ -82,13 +82,13 @@ def test_every_type_stands_for_what_gguf_dequantizes(tmp_path, type):
     layout = detect(checkpoint)
     assert (layout is None) == (type in ("F32", "F16", "BF16"))
     for name, values in expected.items():
-        place = place_of(ARCHITECTURES["llama"], name)
-        layer = place.name.removesuffix(".weight")
+        target = target_of(ARCHITECTURES["llama"], name)
+        layer = target.name.removesuffix(".weight")
         if layout and layer in layout.modules:
             assert layout.modules[layer].variant == type
             found = dequantize(read(checkpoint, layout, layer))
         else:
-            found = read_tensor(checkpoint, place.name).float()
+            found = read_tensor(checkpoint, target.name).float()
         assert torch.equal(found, torch.from_numpy(rotated_halves(name, values).copy())), name
 
 
@@ -175,8 +175,8 @@ def test_the_names_are_those_of_the_package():
         names = gguf.get_tensor_name_map(arch, 3)
         for stem in (*architecture.layer, *architecture.model):
             prefix = "" if stem in architecture.model else "blk.2."
-            place = place_of(architecture, f"{prefix}{stem}.weight")
-            module = place.name.removesuffix(".weight")
+            target = target_of(architecture, f"{prefix}{stem}.weight")
+            module = target.name.removesuffix(".weight")
             if stem == "output" and architecture.name.startswith("gemma"):
                 continue  # the package does not name the head of Gemma, which is tied
             assert names.get_name(module) == f"{prefix}{stem}", (architecture.name, module)
@@ -235,9 +235,9 @@ def test_export_to_bf16_rounds_what_the_file_stands_for(tmp_path):
     assert {tensor.dtype for tensor in written.values()} == {torch.bfloat16}
     assert len(written) == len(expected)
     for name, values in expected.items():
-        place = place_of(ARCHITECTURES["llama"], name)
+        target = target_of(ARCHITECTURES["llama"], name)
         values = torch.from_numpy(rotated_halves(name, values).copy())
-        assert torch.equal(written[place.name], values.bfloat16()), name
+        assert torch.equal(written[target.name], values.bfloat16()), name
     transformers.AutoTokenizer.from_pretrained(result.output)
 
 

@@ -95,7 +95,7 @@ def tensor_type(file_type: str, tensor: str, columns: int, shape: ModelShape) ->
     base = FILE_TYPES[file_type][1]
     if base in UNQUANTIZED:
         return base
-    chosen = _by_place(file_type, base, tensor, columns, shape)
+    chosen = _by_layer(file_type, base, tensor, columns, shape)
     return with_fitting_blocks(chosen, columns)
 
 
@@ -106,7 +106,7 @@ def with_fitting_blocks(type: str, columns: int) -> str:
     return "F16" if columns % 32 and type not in UNQUANTIZED else type
 
 
-def _by_place(file_type: str, base: str, tensor: str, columns: int, shape: ModelShape) -> str:
+def _by_layer(file_type: str, base: str, tensor: str, columns: int, shape: ModelShape) -> str:
     head = "token_embd.weight" if shape.has_tied_embeddings else "output.weight"
     if tensor == head:
         fills = columns % (256 if base.endswith("_K") else 32) == 0

@@ -46,8 +46,8 @@ def plan_experts(
     """
     holders: dict[str, list[Source]] = defaultdict(list)
     for source in sources:
-        if source.place.parameter:
-            holders[source.place.module].append(source)
+        if source.target.parameter:
+            holders[source.target.module].append(source)
     grouped, reasons = {}, defaultdict(list)
     for holder, members in holders.items():
         try:
@@ -76,7 +76,7 @@ def _plan_layer(
         raise _OneByOne(f"transformers' {type(module).__name__} multiplies them by its own code")
     by_parameter: dict[str, list[Source]] = defaultdict(list)
     for source in members:
-        by_parameter[source.place.parameter].append(source)
+        by_parameter[source.target.parameter].append(source)
     up_name = UP[0] if module.has_gate else UP[1]
     if {*by_parameter} != {up_name, DOWN}:
         raise _OneByOne("only some of their matrices are quantized")
@@ -98,8 +98,8 @@ def _linear(skeleton: Skeleton, members: Sequence[Source], count: int) -> Linear
     Raises: _OneByOne, if the experts differ.
     """
     schemes = {source.scheme for source in members}
-    shapes = {(source.place.part, _shape(source)) for source in members}
-    parts = members[0].place.parts if members[0].experts == 1 else 1
+    shapes = {(source.target.part, _shape(source)) for source in members}
+    parts = members[0].target.parts if members[0].experts == 1 else 1
     complete = sum(source.experts for source in members) == count * parts
     if len(schemes) > 1 or len(shapes) > parts or not complete:
         raise _OneByOne("they have different schemes")

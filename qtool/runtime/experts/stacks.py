@@ -51,15 +51,15 @@ class ExpertStacks:
         # why layers are not packed as a whole, as only their data show -> these layers
         self._split: dict[str, list[str]] = {}
 
-    def add(self, place: LinearWeight, layer: nn.Module | QuantizedWeight) -> None:
-        """Note the layer that goes to ``place``, or its weight where all are packed together."""
-        stacks = self._holders.setdefault(place.module, {})
-        stack = stacks.setdefault(place.parameter, _Stack())
-        stack.experts.setdefault(place.expert or 0, []).append((place.part, layer))
-        stack.is_interleaved |= place.is_interleaved
-        plan = self._grouped.get(place.module)
+    def add(self, target: LinearWeight, layer: nn.Module | QuantizedWeight) -> None:
+        """Note the layer that goes to ``target``, or its weight where all are packed together."""
+        stacks = self._holders.setdefault(target.module, {})
+        stack = stacks.setdefault(target.parameter, _Stack())
+        stack.experts.setdefault(target.expert or 0, []).append((target.part, layer))
+        stack.is_interleaved |= target.is_interleaved
+        plan = self._grouped.get(target.module)
         if plan and plan.pieces == sum(stack.count for stack in stacks.values()):
-            self._complete.append(place.module)
+            self._complete.append(target.module)
 
     def install_complete(self, model: CausalLM) -> None:
         """Pack the layers of experts that are packed as a whole and complete, and put them in."""
@@ -146,19 +146,19 @@ def stacked_biases(
     """Return the biases of experts that lie apart, as the parameters of the model that stack them.
 
     Args:
-        layers: names and places of layers.
+        layers: names and targets of layers.
         read: returns a tensor of the checkpoint.
         present: the names of its tensors.
     """
     found: dict[str, dict[int, list[tuple[int, Tensor]]]] = {}
     interleaved = {}
-    for name, place in layers:
+    for name, target in layers:
         bias = f"{name}.bias"
-        if place.expert is not None and not place.is_stacked and bias in present:
-            parameter = f"{place.module}.{place.parameter}_bias"
-            interleaved[parameter] = place.is_interleaved
+        if target.expert is not None and not target.is_stacked and bias in present:
+            parameter = f"{target.module}.{target.parameter}_bias"
+            interleaved[parameter] = target.is_interleaved
             experts = found.setdefault(parameter, {})
-            experts.setdefault(place.expert, []).append((place.part, read(bias)))
+            experts.setdefault(target.expert, []).append((target.part, read(bias)))
     return {
         parameter: torch.stack(
             [
