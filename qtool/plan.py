@@ -155,7 +155,7 @@ class Plan:
     def to_dict(self) -> JsonDict:
         """Return the plan for ``--json``."""
         return {
-            "source": str(self.checkpoint.place),
+            "source": str(self.checkpoint.source),
             "recipe": self.recipe.to_dict(),
             "modules": [
                 {
@@ -190,7 +190,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, names: NameMap | None = No
     selection = _selection(checkpoint, recipe, linears)
     if recipe.lm_head and checkpoint.tied_embeddings:
         message = (
-            f"`lm_head: true`, and the output head of {checkpoint.place} is its embedding matrix, "
+            f"`lm_head: true`, and the output head of {checkpoint.source} is its embedding matrix, "
             "which stays in 16 bits"
         )
         raise RecipeRefused("E_TIED_HEAD", message, hint="leave it out (--no-lm-head)")
@@ -231,7 +231,7 @@ def _check_unquantized(checkpoint: Checkpoint) -> None:
     how = f"by `{method}`" if method else "its config says so"
     raise CheckpointRefused(
         "E_ALREADY_QUANTIZED",
-        f"{checkpoint.place} is quantized already ({how})",
+        f"{checkpoint.source} is quantized already ({how})",
         hint="start from the 16-bit model it was made of; where none was published, "
         "`qtool export --to bf16` makes one",
     )

@@ -102,7 +102,7 @@ def _check_one_dtype(checkpoint: Checkpoint, tensors: list[TensorInfo]) -> None:
     if all(dtype in first for dtype in HALVES):
         one, other = (first[dtype] for dtype in HALVES)
         message = (
-            f"{checkpoint.place}: `{one.name}` is {one.dtype} and `{other.name}` is {other.dtype}"
+            f"{checkpoint.source}: `{one.name}` is {one.dtype} and `{other.name}` is {other.dtype}"
         )
         raise refused("E_MIXED_DTYPES", message, HINT)
 

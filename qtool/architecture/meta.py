@@ -97,7 +97,7 @@ def _check_experts(checkpoint: Checkpoint, shapes: Mapping[str, Shape]) -> None:
             if matrix.endswith(".weight") and (missing := sorted(experts - present)):
                 raise CheckpointRefused(
                     "E_TENSORS",
-                    f"{checkpoint.place} lacks `{missing[0]}{matrix}`, which other experts have",
+                    f"{checkpoint.source} lacks `{missing[0]}{matrix}`, which other experts have",
                     hint="take the weights from the original again",
                 )
     for by_shape in alike.values():
@@ -106,7 +106,7 @@ def _check_experts(checkpoint: Checkpoint, shapes: Mapping[str, Shape]) -> None:
             odd = next(shape for shape in by_shape if shape != usual)
             raise CheckpointRefused(
                 "E_TENSORS",
-                f"{checkpoint.place}: `{by_shape[odd][0]}` is {list(odd)} and "
+                f"{checkpoint.source}: `{by_shape[odd][0]}` is {list(odd)} and "
                 f"`{by_shape[usual][0]}` {list(usual)}; the experts of a layer have one shape",
                 hint="compare the shape with the original, or take the weights from it again",
             )
@@ -215,7 +215,7 @@ def building(checkpoint: Checkpoint) -> Iterator[None]:
             yield
     except Exception as error:  # transformers finds many ways to fail on a config from outside
         message = (
-            f"{checkpoint.place}: transformers cannot build a language model from its config "
+            f"{checkpoint.source}: transformers cannot build a language model from its config "
             f"({one_line(error)})"
         )
         raise CheckpointRefused(
@@ -254,7 +254,7 @@ def check_report(
         examples = ", ".join(f"`{name}`" for name in names[:3])
         raise CheckpointRefused(
             "E_TENSORS",
-            f"{checkpoint.place} {problem.format(count=len(names))}, e.g. {examples}",
+            f"{checkpoint.source} {problem.format(count=len(names))}, e.g. {examples}",
             hint="config.json and the weights are of different models: take both from one place",
         )
 

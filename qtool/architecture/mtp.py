@@ -62,7 +62,7 @@ def find_mtp(checkpoint: Checkpoint) -> MtpNames:
 
     Raises: CheckpointRefused, when it has none or qtool does not know its kind.
     """
-    path, tensors, kind = checkpoint.place, checkpoint.tensors, _class_of(checkpoint)
+    path, tensors, kind = checkpoint.source, checkpoint.tensors, _class_of(checkpoint)
     if kind not in CLASSES:
         known = f"{', '.join(CLASSES[:-1])} and {CLASSES[-1]}"
         message = f"{path}: qtool knows the MTP layers of {known}, and this is {kind}"
@@ -151,7 +151,7 @@ def loaded_shapes(
     shared = f"{names.shared_embeddings}.weight"
     matrix = shapes.get(shared, ())
     if len(matrix) != 2:
-        message = f"{checkpoint.place} has no embeddings: there is no matrix `{shared}`"
+        message = f"{checkpoint.source} has no embeddings: there is no matrix `{shared}`"
         raise CheckpointRefused("E_TENSORS", message, hint="take the weights from the original")
     size = matrix[-1]
     expected = {
@@ -165,7 +165,7 @@ def loaded_shapes(
     for part, wanted in expected.items():
         shape = shapes.pop(f"{part}.weight", wanted)
         if tuple(shape) != tuple(wanted):
-            message = f"{checkpoint.place}: `{part}.weight` is {list(shape)}, not {list(wanted)}"
+            message = f"{checkpoint.source}: `{part}.weight` is {list(shape)}, not {list(wanted)}"
             raise CheckpointRefused("E_SPECULATION", message, hint=HINT)
     return {
         moved_name(name, (names.block, names.target)): shape

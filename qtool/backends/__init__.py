@@ -207,7 +207,7 @@ def check_model_code(checkpoint: Checkpoint, *, trusted: bool) -> None:
     model_type = checkpoint.config.get("model_type")
     if model_type not in CONFIG_MAPPING_NAMES:
         message = (
-            f"{checkpoint.place}: model type `{model_type}` is defined by code in the model "
+            f"{checkpoint.source}: model type `{model_type}` is defined by code in the model "
             "folder, which qtool does not run unasked"
         )
         raise CheckpointRefused(

@@ -151,7 +151,7 @@ def read_state(path: str, checkpoint: Checkpoint) -> JsonDict:
     """
     state = _read(path)
     if state.get("model") != _fingerprint(checkpoint):
-        message = f"{path} was made of another model than {checkpoint.place}"
+        message = f"{path} was made of another model than {checkpoint.source}"
         raise StateRefused(
             "E_STATE_MODEL", message, hint="give the model it was made of as --model-path"
         )

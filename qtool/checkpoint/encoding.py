@@ -174,7 +174,7 @@ def _tokens_of_config(checkpoint: Checkpoint) -> list[object]:
     counts = {None: 1, "no_post_processing": 1, "from_2_way_softmax": 2}
     if not isinstance(names, list) or len(names) != counts.get(method):
         raise _refused(
-            f"{checkpoint.place}: `classifier_from_token` is {str(names)[:100]} and `method` "
+            f"{checkpoint.source}: `classifier_from_token` is {str(names)[:100]} and `method` "
             f"{str(method)[:100]}; qtool takes two tokens with from_2_way_softmax, or one without"
         )
     vocabulary = _vocabulary(checkpoint.path)
@@ -236,7 +236,7 @@ def _check_causal(checkpoint: Checkpoint) -> None:
         both = config.get("is_causal") is False or config.get("use_bidirectional_attention")
         if both:
             raise _refused(
-                f"{checkpoint.place} attends in both directions, and the engine only to earlier "
+                f"{checkpoint.source} attends in both directions, and the engine only to earlier "
                 "tokens"
             )
 

@@ -109,7 +109,7 @@ class Checkpoint:
     """What the user should know of what was read, a line each."""
 
     @property
-    def place(self) -> Path:
+    def source(self) -> Path:
         """Where it lies: the folder, or the GGUF file."""
         return self.gguf_file or self.path
 

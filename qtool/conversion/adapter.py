@@ -321,7 +321,7 @@ class _Reader:
     def _unknown(self, tensor: TensorInfo) -> CheckpointRefused:
         return _refused(
             f"{self._folder}: `{tensor.name}` ({tensor.dtype}) of the adapter belongs to no matrix "
-            f"of {self._checkpoint.place}",
+            f"of {self._checkpoint.source}",
             "the adapter is of another model, or trained in a way that PEFT's merge_and_unload "
             "alone knows",
         )

@@ -204,7 +204,7 @@ def _make_request(checkpoint: Checkpoint, to: str, options: ExportOptions) -> Co
     if request.layout is not None or not request.dequantizes:
         raise UsageError(
             "E_MERGE_LORA",
-            f"--merge-lora merges into a 16-bit checkpoint: {checkpoint.place} "
+            f"--merge-lora merges into a 16-bit checkpoint: {checkpoint.source} "
             + ("is quantized" if request.layout is not None else f"was to become {to}"),
             hint="merge into the 16-bit model with `--to bf16`, and quantize what comes out",
         )

@@ -92,7 +92,7 @@ def plan_conversion(request: ConversionRequest) -> ConversionPlan:
     if not targets and request.layout is None and not request.dequantizes:
         raise CheckpointRefused(
             "E_NOTHING_TO_DO",
-            f"{request.checkpoint.place} has no layer that `export` can round",
+            f"{request.checkpoint.source} has no layer that `export` can round",
             hint="output heads, routers, other towers and Conv1D layers stay in 16 bits",
         )
     if not targets and request.to not in (*UNQUANTIZED, *HOLD_A_CACHE_ALONE):

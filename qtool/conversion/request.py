@@ -76,7 +76,7 @@ def make_request(
     if layout is None and not request.dequantizes and not scheme and to != GGUF:
         raise UsageError(
             "E_NOT_QUANTIZED",
-            f"{checkpoint.place} is not quantized, so there is nothing to convert",
+            f"{checkpoint.source} is not quantized, so there is nothing to convert",
             hint=(
                 "`--requantize --scheme FP8_BLOCK` rounds it to nearest; `qtool quantize` has "
                 "better methods"

@@ -97,7 +97,7 @@ class Engine(ScoringMethods):
         self.context_length = start.limits.context_length
         self.encoding = plan.encoding
         """What it returns for a text; None if it continues it."""
-        self.model_path = plan.checkpoint.place
+        self.model_path = plan.checkpoint.source
         self.model_folder = plan.checkpoint.path
         """Where its config and its tokenizer are; of a GGUF file a temporary folder."""
         self.config = config

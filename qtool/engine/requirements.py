@@ -31,7 +31,7 @@ def check_by_name(plan: LoadPlan) -> None:
     """Raise CheckpointRefused for a model that is known not to run in the engine: it generates no
     text, or has layers that keep a state beside the KV cache.
     """
-    model, path = plan.skeleton.model, plan.checkpoint.place
+    model, path = plan.skeleton.model, plan.checkpoint.source
     name = type(model).__name__
     generates = plan.encoding is not None or model.can_generate()
     if plan.skeleton.config.is_encoder_decoder or not generates:
@@ -49,7 +49,7 @@ def check_by_name(plan: LoadPlan) -> None:
 def check_speculation(plan: LoadPlan, speculation: Speculation | None) -> None:
     """Raise CheckpointRefused for an MTP layer that was not planned to be loaded."""
     if speculation and speculation.mtp and plan.mtp is None:
-        message = f"{plan.checkpoint.place} was loaded without its MTP layer"
+        message = f"{plan.checkpoint.source} was loaded without its MTP layer"
         raise CheckpointRefused("E_SPECULATION", message, hint="plan_load takes mtp=True")
 
 

@@ -38,7 +38,7 @@ def plan_engine(checkpoint: Checkpoint, config: EngineConfig) -> LoadPlan:
     check_load_format(checkpoint, config)
     encoding = find_encoding(checkpoint, is_embedding=config.is_embedding)
     if encoding is not None and config.speculation is not None:
-        message = f"{checkpoint.place} generates no tokens that could be drafted"
+        message = f"{checkpoint.source} generates no tokens that could be drafted"
         raise UsageError("E_SPECULATION", message, hint="leave speculative_algorithm out")
     return plan_load(
         checkpoint,
@@ -83,7 +83,7 @@ def check_load_format(checkpoint: Checkpoint, config: EngineConfig) -> None:
     if config.load_format not in {*found, "auto"}:
         raise UsageError(
             "E_LOAD_FORMAT",
-            f"load_format is `{config.load_format}`, and {checkpoint.place} holds "
+            f"load_format is `{config.load_format}`, and {checkpoint.source} holds "
             f"{' of '.join(sorted(found, reverse=True))}",
             hint="leave it out: qtool sees what the weights are",
         )
@@ -154,7 +154,7 @@ def open_tokenizer(checkpoint: Checkpoint, path: str | os.PathLike[str] | None) 
     """
     from transformers import AutoTokenizer
 
-    source = resolve_model(os.fspath(path)) if path else checkpoint.place
+    source = resolve_model(os.fspath(path)) if path else checkpoint.source
     folder = as_folder(source) if path else checkpoint.path
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)

@@ -235,15 +235,15 @@ def _check_vocabularies(quantized: Model, reference: Model, documents: Sequence[
     if sizes[0] != sizes[1]:
         raise CheckpointRefused(
             "E_REFERENCE",
-            f"{quantized.checkpoint.place} has a vocabulary of {sizes[0]} tokens, and "
-            f"{reference.checkpoint.place} one of {sizes[1]}",
+            f"{quantized.checkpoint.source} has a vocabulary of {sizes[0]} tokens, and "
+            f"{reference.checkpoint.source} one of {sizes[1]}",
             hint="the reference is the 16-bit model that was quantized",
         )
     largest = max(max(document.ids) for document in documents)
     if largest >= sizes[0]:
         raise CheckpointRefused(
             "E_TOKENIZER",
-            f"{quantized.checkpoint.place}: its tokenizer gives token {largest}, and the model "
+            f"{quantized.checkpoint.source}: its tokenizer gives token {largest}, and the model "
             f"knows {sizes[0]}",
             hint="is tokenizer.json of this model?",
         )
@@ -283,7 +283,7 @@ def _task_measures(given: _Prepared, options: EvalOptions, on_event: OnEvent) ->
     for checkpoint in (given.theirs.checkpoint, given.ours.checkpoint):
         on_event(StageEvent(f"tasks of {checkpoint.name}"))
         found = run_tasks(
-            checkpoint.place,
+            checkpoint.source,
             given.tasks,
             options.task_limit,
             device=options.device,
@@ -344,7 +344,7 @@ def _collapsed(found: Compared) -> dict[str, Measure]:
 
 def _side(model: Model, runs_on: str) -> Side:
     return Side(
-        path=str(model.checkpoint.place),
+        path=str(model.checkpoint.source),
         schemes=kernels_by_scheme(model.plan),
         size_bytes=model.checkpoint.size_bytes,
         runs_on=runs_on,

@@ -38,7 +38,7 @@ def load_dequantized(checkpoint: Checkpoint, *, dtype: torch.dtype = torch.bfloa
     if layout and layout.rotates_inputs:
         raise CheckpointRefused(
             "E_TRANSFORM",
-            f"{checkpoint.place} rotates inputs at run time (QuIP, SpinQuant R3/R4), which qtool "
+            f"{checkpoint.source} rotates inputs at run time (QuIP, SpinQuant R3/R4), which qtool "
             "does not simulate",
         )
     skeleton = Skeleton(checkpoint, layout, dtype)

@@ -94,7 +94,7 @@ def plan_serving(checkpoint: Checkpoint, spec: ServeSpec) -> LoadPlan:
     if plan.skeleton.config.is_encoder_decoder or not plan.skeleton.model.can_generate():
         raise CheckpointRefused(
             "E_ARCHITECTURE",
-            f"{checkpoint.place}: {type(plan.skeleton.model).__name__} does not continue a text, "
+            f"{checkpoint.source}: {type(plan.skeleton.model).__name__} does not continue a text, "
             "so there is no next token to compare",
             hint="compare its weights: `qtool inspect --against`",
         )

@@ -33,7 +33,7 @@ def measure_speed(checkpoint: Checkpoint, device: torch.device, dtype: str | Non
     on_gpu = device.type == "cuda"
     before = torch.cuda.memory_allocated(device) if on_gpu else 0
     with Engine(
-        checkpoint.place,
+        checkpoint.source,
         skip_tokenizer_init=True,
         disable_radix_cache=True,
         device=str(device),

@@ -113,7 +113,7 @@ def detect(checkpoint: Checkpoint) -> Layout | None:
     if not layout.modules and layout.kv_cache is None:
         raise refused(
             "E_NOTHING_QUANTIZED",
-            f"{checkpoint.place}: its config says `{layout.format}`, and no layer is quantized",
+            f"{checkpoint.source}: its config says `{layout.format}`, and no layer is quantized",
             "the weights are not quantized: remove `quantization_config`",
         )
     _check_one_weight(checkpoint, layout)
@@ -140,7 +140,7 @@ def _check_unquantized(checkpoint: Checkpoint) -> None:
         if is_packed or any(map(_is_packed_part, parts.tensors)):
             raise refused(
                 "E_NO_QUANT_CONFIG",
-                f"`{parts.name}` holds quantized tensors and no config of {checkpoint.place} says "
+                f"`{parts.name}` holds quantized tensors and no config of {checkpoint.source} says "
                 "how",
                 "config.json has lost its `quantization_config`: take it from the original",
             )
@@ -158,11 +158,11 @@ def _understand(checkpoint: Checkpoint, config: Json) -> Layout:
         check_fields(str(checkpoint.path), config)
         return _format_of(checkpoint, config).detect(checkpoint, config)
     except RecipeRefused as error:  # the scheme the config describes is none
-        message = f"{checkpoint.place}: {error.message}"
+        message = f"{checkpoint.source}: {error.message}"
         raise refused("E_QUANT_CONFIG", message, error.hint or hint) from error
     except MISSHAPEN as error:
         message = (
-            f"{checkpoint.place}: its quantization config cannot be understood "
+            f"{checkpoint.source}: its quantization config cannot be understood "
             f"({type(error).__name__}: {error})"
         )
         raise refused("E_QUANT_CONFIG_TYPE", message, hint) from error
@@ -178,7 +178,7 @@ def _format_of(checkpoint: Checkpoint, config: Json) -> Detector:
     )
     raise refused(
         "E_QUANT_METHOD",
-        f"{checkpoint.place}: {found} is not one qtool reads",
+        f"{checkpoint.source}: {found} is not one qtool reads",
         f"it reads {', '.join((*FORMATS, *auto_round.METHODS[:1]))}; the tool that wrote the "
         "checkpoint may load it",
     )

@@ -63,7 +63,7 @@ def detect(checkpoint: Checkpoint, config: Json) -> Layout:
     """
     if _version(config) != "gemm":
         message = (
-            f"{checkpoint.place}: AWQ in the layout `{_version(config)}` is a kernel's own and is "
+            f"{checkpoint.source}: AWQ in the layout `{_version(config)}` is a kernel's own and is "
             "not read; `gemm` is"
         )
         raise refused("E_KERNEL_LAYOUT", message, "quantize the original again")

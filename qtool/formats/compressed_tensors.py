@@ -182,7 +182,7 @@ def _only_group(groups: list[Group], checkpoint: Checkpoint, parts: Parts) -> Gr
         return groups[0]
     raise refused(
         "E_QUANT_TARGET",
-        f"{checkpoint.place}: `{parts.name}` is quantized and no group of the config targets it",
+        f"{checkpoint.source}: `{parts.name}` is quantized and no group of the config targets it",
         "add its name to the `targets` of its group in the quantization config",
     )
 

@@ -55,13 +55,14 @@ def detect(checkpoint: Checkpoint, config: Json) -> Layout:
     if variant not in ("gptq", "gptq_v2", "gptq_p") or config.get("is_marlin_format"):
         raise refused(
             "E_KERNEL_LAYOUT",
-            f"{checkpoint.place}: GPTQ in the layout `{variant}` is a kernel's own and is not read",
+            f"{checkpoint.source}: GPTQ in the layout `{variant}` is a kernel's own and is not "
+            "read",
             "quantize the original again",
         )
     if config.get("pack_dtype", "int32") != "int32":
         raise refused(
             "E_PACK_DTYPE",
-            f"{checkpoint.place}: GPTQ packed in {config['pack_dtype']} is not read; int32 is",
+            f"{checkpoint.source}: GPTQ packed in {config['pack_dtype']} is not read; int32 is",
             "quantize the original again",
         )
     single = LayerOptions(config) if is_from_auto_round(config) else _Dynamic(config)

@@ -199,7 +199,7 @@ def _algorithm_of_tensors(checkpoint: Checkpoint, parts: Parts) -> str:
         return "FP8"
     raise refused(
         "E_QUANT_TARGET",
-        f"{checkpoint.place}: `{parts.name}` is quantized and `quantized_layers` does not name it",
+        f"{checkpoint.source}: `{parts.name}` is quantized and `quantized_layers` does not name it",
     )
 
 

@@ -180,6 +180,6 @@ def _zeros(module: QuantizedModule, zero: Tensor) -> Tensor | None:
 def _not_read(checkpoint: Checkpoint, kind: str) -> Exception:
     return refused(
         "E_QUANT_CLASS",
-        f"{checkpoint.place}: torchao's `{kind}` is not read",
+        f"{checkpoint.source}: torchao's `{kind}` is not read",
         f"{', '.join([*ROW_SCHEMES, *INTX_CLASSES])} are; {READER}",
     )

@@ -115,7 +115,7 @@ def check(checkpoint: Checkpoint, config: Json | None) -> None:
     if method is not None:
         raise CheckpointRefused(
             "E_QUANT_METHOD",
-            f"{checkpoint.place} holds {method.what} (`{method.name}`), which qtool does not read",
+            f"{checkpoint.source} holds {method.what} (`{method.name}`), which qtool does not read",
             hint=f"{method.readers}; or start from the 16-bit model it was made of",
         )
 
@@ -136,7 +136,7 @@ def check_stacks(checkpoint: Checkpoint) -> None:
         if scale:
             raise CheckpointRefused(
                 "E_EXPERT_STACK",
-                f"{checkpoint.place} holds experts in one stack of {tensor.dtype} "
+                f"{checkpoint.source} holds experts in one stack of {tensor.dtype} "
                 f"(`{tensor.name}`, with `{scale}`), which qtool does not read",
                 hint="transformers, vLLM and SGLang load such stacks of models that they know; or "
                 "start from the 16-bit model it was made of",

@@ -68,7 +68,7 @@ def compare(checkpoint: Checkpoint, base: Checkpoint) -> Comparison:
     there |= _stacked(base, base_layout, here.keys() - there)
     common = [name for name in here if name in there]
     if not common:
-        message = f"{checkpoint.place} and {base.place} have no linear layer in common"
+        message = f"{checkpoint.source} and {base.source} have no linear layer in common"
         raise CheckpointRefused(
             "E_NOT_COMPARABLE", message, hint="give the model that this one was made of"
         )

@@ -42,5 +42,5 @@ def head_of(skeleton: Skeleton, encoding: Encoding) -> str | None:
         return LM_HEAD
     if skeleton.checkpoint.tied_embeddings:
         return next(iter(skeleton.names.embeddings))
-    message = f"{skeleton.checkpoint.place} has no head, whose rows score"
+    message = f"{skeleton.checkpoint.source} has no head, whose rows score"
     raise CheckpointRefused("E_TENSORS", message, hint="take all weights from one export")

@@ -92,7 +92,7 @@ class LoadPlan:
     def to_dict(self) -> dict[str, object]:
         """Return the plan for ``--json``."""
         return {
-            "model": str(self.checkpoint.place),
+            "model": str(self.checkpoint.source),
             "device": str(device_of(self.device)),
             "groups": [group.to_dict() for group in self.groups],
             "warnings": list(self.warnings),
@@ -121,7 +121,7 @@ def plan_load(
     layout = formats.detect(checkpoint)
     if layout and layout.rotates_inputs:
         message = (
-            f"{checkpoint.place} rotates inputs at run time (QuIP, SpinQuant R3/R4), which qtool "
+            f"{checkpoint.source} rotates inputs at run time (QuIP, SpinQuant R3/R4), which qtool "
             "does not support"
         )
         raise CheckpointRefused("E_TRANSFORM", message)
@@ -367,7 +367,7 @@ def _check_experts(skeleton: Skeleton, sources: Sequence[Source]) -> None:
     if missing:
         raise CheckpointRefused(
             "E_TENSORS",
-            f"{skeleton.checkpoint.place} lacks the weights of {len(missing)} experts or parts of "
+            f"{skeleton.checkpoint.source} lacks the weights of {len(missing)} experts or parts of "
             f"them, e.g. {missing[0]}",
             hint="take config.json and all weights from one export",
         )

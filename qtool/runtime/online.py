@@ -92,7 +92,7 @@ def schemes_to_run(
     if name not in ONLINE:
         raise UsageError(
             "E_QUANTIZATION",
-            f"`{name}` is for checkpoints quantized with it, and {checkpoint.place} is not "
+            f"`{name}` is for checkpoints quantized with it, and {checkpoint.source} is not "
             "quantized",
             hint=f"leave it out, or quantize while loading with one of {', '.join(ONLINE)}",
         )
@@ -102,7 +102,7 @@ def schemes_to_run(
         reasons = "; ".join(skip_reasons(checkpoint, layout, name))
         raise CheckpointRefused(
             "E_NOTHING_TO_DO",
-            f"{checkpoint.place} has no layer that `{name}` quantizes",
+            f"{checkpoint.source} has no layer that `{name}` quantizes",
             hint=reasons or "output heads, routers, other towers and Conv1D layers stay in 16 bits",
         )
     return schemes
@@ -205,7 +205,7 @@ def _schemes_of_quantized(
     found_schemes = ", ".join(sorted({scheme.name for scheme in schemes.values()}))
     raise UsageError(
         "E_QUANTIZATION",
-        f"`{name}` does not fit {checkpoint.place}, which is quantized already: `{found}`, "
+        f"`{name}` does not fit {checkpoint.source}, which is quantized already: `{found}`, "
         f"{found_schemes}",
         hint="leave the flag out: qtool reads from the checkpoint how it is quantized",
     )

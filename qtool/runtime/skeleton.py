@@ -66,7 +66,7 @@ class Skeleton:
         found = self.names.not_linear.get(name) or self.names.not_linear.get(f"{name}.weight")
         raise CheckpointRefused(
             "E_NO_LINEAR",
-            f"{self.checkpoint.place}: `{name}` is quantized, but the model has "
+            f"{self.checkpoint.source}: `{name}` is quantized, but the model has "
             f"{found or 'nothing'} in its place instead of a linear layer",
             hint=OTHER_MODEL,
         )

@@ -64,7 +64,7 @@ def prepare(
             options = replace(options, quantization=None)
     # of the Hub: the folder that was checked is served; clients see no paths
     name = options.served_model_name or shown_name(options.model_path)
-    options = replace(options, model_path=str(checkpoint.place), served_model_name=name)
+    options = replace(options, model_path=str(checkpoint.source), served_model_name=name)
     command = make_command(engine, replace(options, revision=None), extra, override=override)
     warnings = _warnings(report)
     warnings += _check_installed(engine, installed, dry_run=dry_run)

@@ -259,7 +259,7 @@ class ModelConfig:
     def _otherwise(self, what: str) -> CheckpointRefused:
         return CheckpointRefused(
             "E_GGUF_CONFIG",
-            f"{self.checkpoint.place}: {what}, and llama.cpp computes `{self.architecture.name}` "
+            f"{self.checkpoint.source}: {what}, and llama.cpp computes `{self.architecture.name}` "
             "otherwise",
             hint="the file would load and give other answers: convert to another format",
         )

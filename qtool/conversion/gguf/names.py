@@ -41,7 +41,7 @@ def architecture_of(checkpoint: Checkpoint) -> Architecture:
         classes = checkpoint.config.get("architectures") or ["without architectures"]
         raise CheckpointRefused(
             "E_GGUF_ARCHITECTURE",
-            f"{checkpoint.place}: no rules are known to write {classes[0]} (`{model_type}`) as "
+            f"{checkpoint.source}: no rules are known to write {classes[0]} (`{model_type}`) as "
             "GGUF",
             hint=f"they are known for {', '.join([*MODEL_TYPES, 'mistral'])}",
         )

@@ -211,7 +211,7 @@ def _piece(step: Mapping[str, Any]) -> str | None:
 def _unknown(checkpoint: Checkpoint, why: str) -> CheckpointRefused:
     return CheckpointRefused(
         "E_GGUF_TOKENIZER",
-        f"{checkpoint.place}: llama.cpp has no tokenizer like that of the model: {why}",
+        f"{checkpoint.source}: llama.cpp has no tokenizer like that of the model: {why}",
         hint=(
             f"it knows the byte-level BPE of {', '.join(NAMES.values())} and BPE of SentencePiece"
         ),
