@@ -24,6 +24,7 @@ NEUTRAL: dict[str, tuple[object, str]] = {
     "tokenizer_mode": ("auto", "the engine has fast tokenizers"),
     "grammar_backend": ("xgrammar", "grammars are xgrammar's"),
     "page_size": (1, "pages have a fixed size"),
+    "cpu_offload_gb": (0, "all weights are on the device; quantization makes them smaller"),
     "modelopt_quant": (None, "quantization takes the schemes of ModelOpt"),
 }
 """Name -> the value that changes nothing, and a hint for others."""

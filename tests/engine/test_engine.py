@@ -426,6 +426,7 @@ def test_arguments_of_sglang_that_ask_for_nothing_are_taken(example):
     assert translated == {"quantization": "int8wo", "compile": "decode"}
     for name, value, says in (
         ("tp_size", 2, "one GPU"),
+        ("cpu_offload_gb", 3, "quantization makes"),
         ("lora_paths", ["a"], "--merge-lora"),
         ("disable_radix_cahce", True, "`disable_radix_cache`"),
         ("log_level", "loud", "debug"),

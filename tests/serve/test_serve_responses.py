@@ -255,9 +255,14 @@ def test_calls_of_strict_tools_are_held_to_their_schemas(ask, server, kind):
     assert (grammar and grammar[0]) == kind
 
 
-def test_log_probabilities_are_asked_of_the_engine(ask, server):
-    ask("Hello", include=["message.output_text.logprobs"], top_logprobs=2)
+@pytest.mark.parametrize("thoughts", ["", "<think>Hm.</think>"])
+def test_a_message_has_the_log_probabilities_of_its_tokens(ask, server, thoughts):
+    made, events = ask(f"{thoughts}Hello", include=["message.output_text.logprobs"], top_logprobs=2)
     assert server.engine.submissions[-1].top_logprobs == 2
+    deltas = [event for event in events if event.type == "response.output_text.delta"]
+    assert sum(len(delta.logprobs) for delta in deltas) == len("Hello")
+    for response in (made, events[-1].response):
+        assert len(response.output[-1].content[0].logprobs) == len("Hello")
 
 
 @pytest.mark.parametrize(

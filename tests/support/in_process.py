@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from starlette.types import ASGIApp
 from tokenizers import Tokenizer
 
-from qtool.engine.outputs import CompletionOutput, FinishInfo, FinishReason
+from qtool.engine.outputs import CompletionOutput, FinishInfo, FinishReason, TokenLogprob
 from qtool.errors import QtoolError
 from qtool.serve.backend.engine_client import OutputStream
 from qtool.serve.backend.messages import EngineInfo, Submission
@@ -55,9 +55,14 @@ class ScriptedEngine:
         await asyncio.sleep(self.delay_s)
         shown = text if isinstance(text, str) else "begun"
         size = 3 if submission.stream else len(shown) or 1
+        thoughts = shown.find("</think>") + len("</think>") if "</think>" in shown else 0
         for start in range(0, len(shown), size):
             piece = shown[start : start + size]
-            stream.put(CompletionOutput(0, piece, [300] * len(piece), [], None))
+            output = CompletionOutput(0, piece, [300] * len(piece), [], None)
+            output.reasoning_tokens = min(max(thoughts - start, 0), len(piece))
+            if submission.top_logprobs is not None:
+                output.logprobs = [TokenLogprob(-0.5, 300, ())] * len(piece)
+            stream.put(output)
             await asyncio.sleep(0)
         if isinstance(text, QtoolError):
             stream.fail(text)

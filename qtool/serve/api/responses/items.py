@@ -67,13 +67,15 @@ class OutputItems:
         """Of tokens whose text is held back."""
         self.done: list[OutputItem] = []
 
-    def add(self, delta: Delta, logprobs: list[TokenLogprob]) -> Iterator[ResponseEvent]:
+    def add(
+        self, delta: Delta, logprobs: list[TokenLogprob], reasoning_tokens: int
+    ) -> Iterator[ResponseEvent]:
         """Yield the events for ``delta``; ``logprobs`` are those of its tokens, and wait for their
-        text.
+        text. The first ``reasoning_tokens`` of those that wait are of thoughts, and left out.
         """
         self._logprobs += logprobs
+        del self._logprobs[:reasoning_tokens]
         if delta.reasoning:
-            self._logprobs = []
             if not isinstance(self._open, _Thoughts):
                 yield from self._start(_Thoughts(self._seals_thoughts))
             if isinstance(self._open, _Thoughts):

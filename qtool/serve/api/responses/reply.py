@@ -159,9 +159,10 @@ class _ResponseReply(Reply):
         self._account.close(self._chat.rid)
 
     def _events_of(self, output: CompletionOutput) -> Iterator[ResponseEvent]:
-        yield from self._items.add(self._reader.push(output.text), self._logprobs(output))
+        delta = self._reader.push(output.text)
+        yield from self._items.add(delta, self._logprobs(output), output.reasoning_tokens)
         if output.finish is not None:
-            yield from self._items.add(self._reader.finish(), [])
+            yield from self._items.add(self._reader.finish(), [], 0)
             yield from self._items.finish(complete=finish_reason(output.finish) == "stop")
 
     def _last(self, finish: FinishInfo) -> ResponseEvent:
