@@ -65,7 +65,11 @@ async def _tokenize(service: Service, body: TokenizeRequest) -> dict[str, object
     each: dict[str, Sequence[object]] = {"tokens": lists, "count": [len(one) for one in lists]}
     if body.return_token_strs:
         each["token_strs"] = [await service.vocabulary.names_of(one) for one in lists]
-    reply: dict[str, object] = {**each, "max_model_len": service.info.context_length}
+    reply: dict[str, object] = {
+        "token_strs": None,
+        **each,
+        "max_model_len": service.info.context_length,
+    }
     if not isinstance(body.prompt, list):
         reply |= {name: values[0] for name, values in each.items()}
     return reply
