@@ -201,7 +201,7 @@ def run_here(request):
     pytest.importorskip("triton", reason="triton is for Linux only")
 
     def run(what: str) -> str:
-        path = os.pathsep.join(map(str, (TESTS, TESTS.parent)))
+        path = os.pathsep.join(map(str, (TESTS, TESTS.parent, request.path.parent)))
         environment = {
             **os.environ,
             "PYTHONPATH": path,
