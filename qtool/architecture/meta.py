@@ -225,11 +225,24 @@ def building(checkpoint: Checkpoint) -> Iterator[None]:
         ) from error
 
 
+def _is_text_alone(checkpoint: Checkpoint) -> bool:
+    """Whether ``checkpoint`` is the language model of Llama 4, by its own names, under the config
+    of the whole model, as ModelOpt exported it.
+
+    Source: SGLang 0.5.23, `models/mllama4.py` _has_vision_weights and _transform_weight_name.
+    """
+    of_whole = ("language_model.", "vision_model.", "multi_modal_projector.")
+    is_llama_4 = checkpoint.config.get("model_type") == "llama4"
+    return is_llama_4 and not any(name.startswith(of_whole) for name in checkpoint.tensors)
+
+
 def read_config(checkpoint: Checkpoint) -> Any:
     """Return transformers' config of ``checkpoint``, without quantization."""
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
+    if _is_text_alone(checkpoint):
+        config = config.get_text_config()
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     layers = checkpoint.text_config.get("num_hidden_layers")

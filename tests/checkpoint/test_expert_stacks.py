@@ -79,7 +79,7 @@ def test_each_expert_is_a_layer_with_its_part_of_all_that_lies_in_stacks(
         assert info.read() == read_stored(info).reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
-LLAMA = "language_model.model.layers.0.feed_forward.experts"
+LLAMA = "model.layers.0.feed_forward.experts"
 GEMMA = "model.layers.0.experts"
 SCALE = f"{GEMMA}.gate_up_proj_scale_inv"
 GATE_UP = f"{GEMMA}.gate_up_proj"

@@ -51,6 +51,8 @@ def dense_model(folder, expected):
     model_class = transformers.AutoModelForCausalLM
     dense = {f"{name}.weight": weight for name, weight in expected.items()}
     if stacks := dense_stacks(stored, expected, is_transposed=config["model_type"] == "llama4"):
+        if "lm_head.weight" in stored and config["model_type"] == "llama4":
+            config = {**config["text_config"], "architectures": ["Llama4ForCausalLM"]}
         model_class = getattr(transformers, config["architectures"][0])
         dense = {name: dense[name] for name in dense if ".experts." not in name} | stacks
     tensors = {

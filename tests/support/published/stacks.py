@@ -130,6 +130,7 @@ def _write(
     *,
     others: Mapping[str, Quantizer],
     is_transposed: bool,
+    is_text_alone: bool = False,
 ) -> Expected:
     """Write a model of ``config`` whose experts lie in stacks; see `support.published.models.write`.
 
@@ -140,8 +141,9 @@ def _write(
         stack: what it does to the experts.
         others: what it does to the other layers.
         is_transposed: whether experts lie [inputs, outputs].
+        is_text_alone: whether only the language model is there, by its own names.
     """
-    weights = random_tensors(_shapes(config))
+    weights = random_tensors(_shapes(config, is_text_alone=is_text_alone))
     tensors: dict[str, Tensor] = {}
     expected: Expected = {}
     for name in [name for name in weights if weights[name].dim() == 3 and ".experts." in name]:
@@ -158,13 +160,16 @@ def _write(
     return expected | write(folder, model, others, quantization_config, tensors=tensors)
 
 
-def _shapes(config: Json) -> dict[str, tuple[int, ...]]:
+def _shapes(config: Json, *, is_text_alone: bool = False) -> dict[str, tuple[int, ...]]:
     """Return the shapes of the tensors of a model, by their names in files."""
     import transformers
 
     settings = transformers.AutoConfig.for_model(**config)
+    model_class = getattr(transformers, config["architectures"][0])
+    if is_text_alone:
+        settings, model_class = settings.get_text_config(), transformers.Llama4ForCausalLM
     with torch.device("meta"):
-        model = getattr(transformers, config["architectures"][0])(settings)
+        model = model_class(settings)
     shared = () if not settings.tie_word_embeddings else ("lm_head.weight",)
     shapes = {}
     for name, tensor in model.state_dict().items():
@@ -198,9 +203,10 @@ def _cached(weight: Tensor, quantizer: Quantizer, kind: str) -> Stored:
 
 @layout("nvidia-llama-4-fp8")
 def llama_4_fp8(folder: Path) -> Expected:
-    """Experts in stacks of inputs by outputs, one scale for all experts; an FP8 KV cache."""
+    """Experts in stacks of inputs by outputs, one scale for all experts; the language model alone."""
     static = partial(fp8_tensor, input_scale=0.01)
     config = _modelopt({"quant_algo": "FP8"})
+    config["ignore"] = ["lm_head", "model.layers.*.feed_forward.router"]
     config["kv_cache_scheme"] = {"dynamic": False, "num_bits": 8, "type": "float"}
     caches = {rf"{kind}_proj": partial(_cached, quantizer=static, kind=kind) for kind in "kv"}
     return _write(
@@ -208,8 +214,9 @@ def llama_4_fp8(folder: Path) -> Expected:
         LLAMA_4,
         config,
         partial(_of_all, quantizer=static),
-        others={"vision": None, **caches, LAYERS: static},
+        others={**caches, LAYERS: static},
         is_transposed=True,
+        is_text_alone=True,
     )
 
 
