@@ -120,7 +120,11 @@ class Weights:
         else:
             name = self.format
         where = {"group": f"g{self.group_size}", "block": "x".join(map(str, self.block or ()))}
-        zero = " offset" if self.offset else "" if self.symmetric else " asym"
+        zero = ""
+        if self.offset:
+            zero = " offset"
+        elif not self.symmetric:
+            zero = " asym"
         return f"{name} {where.get(self.granularity, self.granularity)}{zero}"
 
 

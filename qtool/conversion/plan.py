@@ -102,7 +102,8 @@ def plan_conversion(request: ConversionRequest) -> ConversionPlan:
         )
     files: Mapping[str, Mapping[str, object]]
     if request.dequantizes:
-        names, files = None, {"config.json": _dequantized_config(request)}
+        names = None
+        files = {"config.json": _dequantized_config(request)}
     else:
         names = _model_names(request)
         left = _left_unquantized(names, unquantized, targets)

@@ -131,7 +131,8 @@ def rotate_and_write(
         interleaved: whether channel ``2 i`` turns with channel ``2 i + 1`` instead.
         angle_step: see ``rotary``; with 2, products are not rounded.
     """
-    tokens, (_, kv_heads, page, width) = qkv.shape[0], k_pages.shape
+    tokens = qkv.shape[0]
+    _, kv_heads, page, width = k_pages.shape
     q = qkv.new_empty(tokens, heads, width)
     q_weight, k_weight, eps, *kind = norms or (None, None, 0.0, False, False, False)
     plus_one, late, centered = kind

@@ -342,7 +342,8 @@ class Runner:
         if (size := self.graphs.decode_size(step)) is not None:
             return *self.graphs.replay_decode(step, size), {}
         if (shape := self.graphs.prompt_shape(step)) is not None:
-            rows, self._prefills_at = self.graphs.replay_prompts(step, shape), shape.decodes
+            rows = self.graphs.replay_prompts(step, shape)
+            self._prefills_at = shape.decodes
             return self.graphs.kept_logits.index_select(0, self._to_device(rows)), None, {}
         return self._run(step), None, {}
 

@@ -52,7 +52,8 @@ def add_norm(
         factor: what ``x`` is multiplied with, after its norm.
         other: what is added to ``residual``, [T, H], contiguous.
     """
-    library, (tokens, width) = _library(), x.shape
+    library = _library()
+    tokens, width = x.shape
     x = x.contiguous()
     assert residual is None or residual.is_contiguous()
     assert other is None or other.is_contiguous()
@@ -82,8 +83,10 @@ def gated(x: Tensor, at: tuple[int, int], width: int, activation: str) -> Tensor
         width: of gate and of up.
         activation: of the gate, "silu" or "gelu_tanh".
     """
-    library, out = _library(), x.new_empty(x.shape[0], width)
-    address, size = x.data_ptr(), x.element_size()
+    library = _library()
+    out = x.new_empty(x.shape[0], width)
+    address = x.data_ptr()
+    size = x.element_size()
     library.gated(
         Gated(
             library.job(x.shape[0], width),
@@ -126,8 +129,11 @@ def rotate_and_write(
         packed: where the tokens lie in the pages.
         interleaved: whether neighbouring channels rotate together.
     """
-    library, (_, kv_heads, _, width) = _library(), kv.k.shape
-    tokens, size, address = qkv.shape[0], qkv.element_size(), qkv.data_ptr()
+    library = _library()
+    _, kv_heads, _, width = kv.k.shape
+    tokens = qkv.shape[0]
+    size = qkv.element_size()
+    address = qkv.data_ptr()
     out = qkv.new_empty(tokens, heads, width)
     q_norm, k_norm, kind = norms or (None, None, NormKind(0.0))
     cos, sin = angles or (None, None)
@@ -218,7 +224,8 @@ class ElementwiseLibrary:
             (self.gated, Gated),
             (self.rotate_and_write, Rotate),
         ):
-            function.argtypes, function.restype = [ctypes.POINTER(kind)], None
+            function.argtypes = [ctypes.POINTER(kind)]
+            function.restype = None
         self.parallel = openmp()
 
     def job(self, tokens: int, numbers: int) -> Job:

@@ -80,7 +80,9 @@ class Norm(nn.Module):
         self, weight: nn.Parameter, kind: NormKind, bias: nn.Parameter | None = None
     ) -> None:
         super().__init__()
-        self.weight, self.kind, self.bias = weight, kind, bias
+        self.weight = weight
+        self.kind = kind
+        self.bias = bias
 
     @property
     def weights(self) -> tuple[Tensor, Tensor | None]:
@@ -186,7 +188,8 @@ def _launch_add_norm(
 
     x, after = states.x, states.after
     if norm and after and norm.kind != after.kind:  # a launch more
-        x, after = after(x)[0], None
+        x = after(x)[0]
+        after = None
     kind = next((each.kind for each in (norm, after) if each), NormKind(0.0))
     return elementwise.add_norm(
         x.contiguous(),

@@ -40,7 +40,8 @@ def prompt_logits(
     ints = partial(torch.tensor, dtype=torch.int32, device=device)
     sizes = [len(prompt) for prompt in prompts]
     columns = -(-max(sizes) // PAGE)
-    table, last = [], 0
+    table = []
+    last = 0
     for size in sizes:
         used = -(-size // PAGE)
         table.append([*range(last + 1, last + used + 1), *[0] * (columns - used)])

@@ -31,7 +31,8 @@ def check_by_name(plan: LoadPlan) -> None:
     """Raise CheckpointRefused for a model that is known not to run in the engine: it generates no
     text, or has layers that keep a state beside the KV cache.
     """
-    model, path = plan.skeleton.model, plan.checkpoint.source
+    model = plan.skeleton.model
+    path = plan.checkpoint.source
     name = type(model).__name__
     generates = plan.encoding is not None or model.can_generate()
     if plan.skeleton.config.is_encoder_decoder or not generates:

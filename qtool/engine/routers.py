@@ -27,7 +27,8 @@ class FusedRouter(nn.Module):
         self, router: nn.Module, rule: RoutingRule, outputs: tuple[Tensor, Tensor]
     ) -> None:
         super().__init__()
-        self.rule, self.dtype = rule, outputs[1].dtype
+        self.rule = rule
+        self.dtype = outputs[1].dtype
         self.logits_dtype = outputs[0].dtype
         weight = router.get_parameter("weight")
         self.weight = nn.Parameter(weight.to(self.logits_dtype), requires_grad=False)

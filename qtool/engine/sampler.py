@@ -149,7 +149,8 @@ class Sampler:
     """Draws one token for each row of a step. Nothing in it waits for the device."""
 
     def __init__(self, vocab_size: int, device: torch.device | str) -> None:
-        self.vocab_size, self.device = vocab_size, torch.device(device)
+        self.vocab_size = vocab_size
+        self.device = torch.device(device)
         self._token_keys = torch.from_numpy(token_keys(vocab_size)).to(self.device)
         self._bits = torch.tensor(
             [1 << bit for bit in range(8)], dtype=torch.uint8, device=self.device
@@ -252,7 +253,8 @@ class Sampler:
         logits = logits.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
         flat = logits.view(-1)
         if "penalty_indices" in given:
-            old, repetition = flat[given["penalty_indices"]], given["repetition"]
+            old = flat[given["penalty_indices"]]
+            repetition = given["repetition"]
             flat[given["penalty_indices"]] = (
                 torch.where(old > 0, old / repetition, old * repetition) - given["penalty"]
             )

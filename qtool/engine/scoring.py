@@ -182,7 +182,8 @@ class ScoringMethods(ABC):
     def _pair_job(
         self, pairs: Sequence[tuple[str, str]], options: PairOptions
     ) -> _Job[list[float]]:
-        encoding, instruction = self.encoding, options.instruction
+        encoding = self.encoding
+        instruction = options.instruction
         if instruction is not None:
             _check_text("the instruction", instruction)
         if encoding is None:

@@ -122,7 +122,8 @@ def fill_tokens(
     positions: list[int] = []
     rows: list[int] = []
     for chunk in chunks:
-        sequence, stop = chunk.sequence, chunk.start + chunk.count
+        sequence = chunk.sequence
+        stop = chunk.start + chunk.count
         assert sequence.row is not None
         known = sequence.tokens[chunk.start : stop - len(chunk.drafts)]
         token_ids += known

@@ -20,12 +20,14 @@ class Throughput:
         """Count ``tokens`` that were generated just now."""
         now = time.monotonic()
         if now - self._last > INTERVAL_S:  # the pause does not count
-            self._began, self._count = now, 0
+            self._began = now
+            self._count = 0
         self._last = now
         self._count += tokens
         if now - self._began >= INTERVAL_S:
             self._rate = self._count / (now - self._began)
-            self._began, self._count = now, 0
+            self._began = now
+            self._count = 0
 
     @property
     def tokens_per_s(self) -> float:

@@ -198,7 +198,9 @@ def junit(evaluation: Evaluation) -> str:
 
 def markdown(evaluation: Evaluation) -> str:
     """Return the evaluation as Markdown, for the summary of a CI job."""
-    verdict = "" if not evaluation.checks else "failed" if evaluation.failed else "passed"
+    verdict = ""
+    if evaluation.checks:
+        verdict = "failed" if evaluation.failed else "passed"
     lines = [
         f"### qtool eval{': gate ' + verdict if verdict else ''}",
         "",

@@ -39,7 +39,8 @@ class QuantizedLinear(PackedModule):
         self, spec: LinearSpec, choice: Choice, weight: QuantizedWeight, bias: Tensor | None = None
     ) -> None:
         super().__init__()
-        self.spec, self.choice = spec, choice
+        self.spec = spec
+        self.choice = choice
         self.out_features, self.in_features = spec.shape
         kernels = self._pack(replace(weight, perm=None, pre_scale=None))
         self._names = [f"{kernel}_{name}" for kernel, _, names in kernels for name in names]
@@ -136,7 +137,8 @@ class SharedInput:
     """
 
     def __init__(self, whole: QuantizedLinear, sizes: Sequence[int]) -> None:
-        self.whole, self.sizes = whole, tuple(sizes)
+        self.whole = whole
+        self.sizes = tuple(sizes)
         self._waiting: _Outputs | None = None
 
     def take(self, x: Tensor, index: int) -> Tensor:
@@ -165,8 +167,10 @@ class FusedLinear(nn.Module):
 
     def __init__(self, shared: SharedInput, index: int) -> None:
         super().__init__()
-        self.shared, self.index = shared, index
-        self.in_features, self.out_features = shared.whole.in_features, shared.sizes[index]
+        self.shared = shared
+        self.index = index
+        self.in_features = shared.whole.in_features
+        self.out_features = shared.sizes[index]
         if index == 0:
             self.whole = shared.whole
 

@@ -186,10 +186,12 @@ def _with_rounded_inputs(
     """Return ``schemes`` with inputs rounded as llama.cpp rounds them on a CPU, for the layers that
     a kernel multiplies so.
     """
-    device, kernel = Device("cpu"), load_kernel("int8_groups")
+    device = Device("cpu")
+    kernel = load_kernel("int8_groups")
 
     def round_inputs(name: str, scheme: Scheme) -> Scheme:
-        module, rounded = layout.modules[name], replace(scheme, activations=GGUF_INPUTS)
+        module = layout.modules[name]
+        rounded = replace(scheme, activations=GGUF_INPUTS)
         spec = linear_spec(rounded, module.shape, dtype)
         is_taken = module.experts == 1 and kernel.unsupported_reason(spec, device) is None
         return rounded if is_taken else scheme

@@ -40,7 +40,9 @@ class Skeleton:
         dtype: torch.dtype,
         moved: tuple[str, str] | None = None,
     ) -> None:
-        self.checkpoint, self.dtype, self._moved = checkpoint, dtype, moved
+        self.checkpoint = checkpoint
+        self.dtype = dtype
+        self._moved = moved
         model = build_model(checkpoint)
         self.model: CausalLM = model
         self.config: ModelConfig = model.config

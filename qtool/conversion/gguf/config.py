@@ -222,7 +222,10 @@ class ModelConfig:
         if activation not in self.architecture.activations:
             raise self._otherwise(f"the activation is `{activation}`")
         kinds = {"default", "linear", "yarn"}
-        kinds |= {"llama3"} if name == "llama" else {"longrope"} if name == "phi3" else set()
+        if name == "llama":
+            kinds.add("llama3")
+        elif name == "phi3":
+            kinds.add("longrope")
         if self.rope["rope_type"] not in kinds:
             raise self._otherwise(f"rope_type is `{self.rope['rope_type']}`")
         if self.rope_dimensions != self.head_dim and name != "phi3":

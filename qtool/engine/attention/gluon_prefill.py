@@ -76,7 +76,9 @@ def prefill(
         launch: from `triton_paged.launch_options`.
     """
     assert packed.starts is not None
-    (tokens, heads, head_dim), kv_heads, chunks = q.shape, kv.k.shape[1], packed.starts.numel() - 1
+    tokens, heads, head_dim = q.shape
+    kv_heads = kv.k.shape[1]
+    chunks = packed.starts.numel() - 1
     shared = heads // kv_heads
     together = min(shared & -shared, 16)  # heads of a block: the largest power of two that divides
     counter = packed.counters if packed.counters is not None else q.new_zeros(1, dtype=torch.int32)
@@ -120,7 +122,8 @@ def applies_to_expanded(q: Tensor, q_rope: Tensor, expanded_kv: Tensor, out: Ten
     """Whether `prefill_expanded` supports this attention."""
     if not q.dtype == q_rope.dtype == expanded_kv.dtype == out.dtype or q.dtype not in TYPES:
         return False
-    key, value = q.shape[2], out.shape[2]
+    key = q.shape[2]
+    value = out.shape[2]
     if key not in (64, 128) or value not in (64, 128) or q_rope.shape[2] != WIDE:
         return False
     parts = (q, q_rope, expanded_kv)
@@ -151,7 +154,8 @@ def prefill_expanded(
     expanded = packed.expanded
     assert expanded is not None
     starts = packed.starts_of(expanded)
-    (tokens, heads, key), width = q.shape, q_rope.shape[2]
+    tokens, heads, key = q.shape
+    width = q_rope.shape[2]
     counter = packed.counters if packed.counters is not None else q.new_zeros(1, dtype=torch.int32)
     blocks = heads * (triton.cdiv(tokens - expanded.token, 2 * ROWS) + expanded.chunks)
     rows = _rows(expanded_kv, KEYS)

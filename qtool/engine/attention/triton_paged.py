@@ -80,9 +80,11 @@ def decode_tile(
         parts = max(8, min(32, power_of_two(512 // programs)))
         return Tile(keys, 4, 3 if parts > 8 else 2, parts=parts)
     if programs <= 256:
-        parts, least = MANY_PARTS.value if programs <= 64 else power_of_two(512 // programs), 1
+        parts = MANY_PARTS.value if programs <= 64 else power_of_two(512 // programs)
+        least = 1
     else:  # cut only long sequences, for the sake of balance
-        parts, least = 4, 4096 // keys
+        parts = 4
+        least = 4096 // keys
     return Tile(keys, 4, 2, parts=max(1, min(parts, triton.cdiv(most, keys * least))), least=least)
 
 
@@ -150,8 +152,11 @@ def decode(
     tile: Tile | None = None,
 ) -> None:
     """Fill ``out`` [T, heads, v_head_dim] for the decodes, see `interface.attend`."""
-    q, tokens, kv_heads = _inner_contiguous(q), packed.decodes, kv.k.shape[1]
-    head_dim, v_head_dim = q.shape[2], out.shape[2]
+    q = _inner_contiguous(q)
+    tokens = packed.decodes
+    kv_heads = kv.k.shape[1]
+    head_dim = q.shape[2]
+    v_head_dim = out.shape[2]
     if tile is None and GLUON and is_hopper(q.device):
         from qtool.engine.attention import gluon_decode
 
@@ -214,8 +219,10 @@ def prefill(
 ) -> None:
     """Fill ``out`` [T, heads, v_head_dim] for the tokens of chunks, see `interface.attend`."""
     assert packed.starts is not None
-    q, kv_heads = _inner_contiguous(q), kv.k.shape[1]
-    head_dim, v_head_dim = q.shape[2], out.shape[2]
+    q = _inner_contiguous(q)
+    kv_heads = kv.k.shape[1]
+    head_dim = q.shape[2]
+    v_head_dim = out.shape[2]
     if tile is None and GLUON and is_hopper(q.device):
         from qtool.engine.attention import gluon_prefill
 
@@ -270,7 +277,8 @@ def _inputs(
 ) -> dict[str, object]:
     """Return the arguments that the kernels of decode and prefill share, by name."""
     factor, limit, v_scale = _factors(kv, scaling, softcap)
-    head_dim, v_head_dim = q.shape[2], out.shape[2]
+    head_dim = q.shape[2]
+    v_head_dim = out.shape[2]
     return {
         "q": q,
         "k_pages": kv.k,

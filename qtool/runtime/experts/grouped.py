@@ -107,7 +107,8 @@ class GroupedExperts(PackedModule):
 
     def __init__(self, spec: ExpertsSpec, kernel: str, weights: ExpertWeights) -> None:
         super().__init__()
-        self.spec, self.kernel = spec, kernel
+        self.spec = spec
+        self.kernel = kernel
         packed = load_experts_kernel(kernel).pack(spec, weights)
         self._names = tuple(packed)
         for name, tensor in packed.items():

@@ -96,14 +96,19 @@ def _product(
     y = x.new_empty(x.shape[0], spec.shape[0])
     known = _jobs_of(spec, name, packed)
     jobs = (native.Job * len(chosen))()
-    bias, row = packed.get(f"{name}_bias"), 0
-    threads, (outputs, columns) = torch.get_num_threads(), spec.shape
-    x_start, y_start, size = x.data_ptr(), y.data_ptr(), x.element_size()
+    bias = packed.get(f"{name}_bias")
+    row = 0
+    threads = torch.get_num_threads()
+    outputs, columns = spec.shape
+    x_start = x.data_ptr()
+    y_start = y.data_ptr()
+    size = x.element_size()
     for index, (count, expert) in enumerate(chosen):
         jobs[index] = known[expert]
         job = jobs[index]
         job.x, job.y = x_start + row * columns * size, y_start + row * outputs * size
-        job.tokens, job.threads = count, threads
+        job.tokens = count
+        job.threads = threads
         row += count
     jobs[0].workspace = workspace(library.experts_size(jobs, len(jobs))).data_ptr()
     library.experts(jobs, len(jobs))

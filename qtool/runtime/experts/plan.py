@@ -48,7 +48,8 @@ def plan_experts(
     for source in sources:
         if source.target.parameter:
             holders[source.target.module].append(source)
-    grouped, reasons = {}, defaultdict(list)
+    grouped = {}
+    reasons = defaultdict(list)
     for holder, members in holders.items():
         try:
             grouped[holder] = _plan_layer(skeleton, holder, members, device)

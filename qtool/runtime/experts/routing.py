@@ -48,7 +48,8 @@ def sort_by_expert(experts: Tensor, count: int, size: int) -> Blocks:
         count: of all experts.
         size: rows of a block.
     """
-    device, choices = experts.device, experts.numel()
+    device = experts.device
+    choices = experts.numel()
     sorted_experts, order = torch.sort(experts.reshape(-1), stable=True)
     numbers = torch.arange(count + 1, dtype=experts.dtype, device=device)
     starts = torch.searchsorted(sorted_experts, numbers)  # [count + 1]

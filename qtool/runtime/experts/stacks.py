@@ -64,7 +64,8 @@ class ExpertStacks:
     def install_complete(self, model: CausalLM) -> None:
         """Pack the layers of experts that are packed as a whole and complete, and put them in."""
         for holder in self._complete:
-            stacks, plan = self._holders[holder], self._grouped[holder]
+            stacks = self._holders[holder]
+            plan = self._grouped[holder]
             reasons = map(_per_expert_reason, stacks.values())
             if reason := next((reason for reason in reasons if reason), None):
                 self._split.setdefault(reason, []).append(holder)

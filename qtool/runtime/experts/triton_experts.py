@@ -170,7 +170,9 @@ def _multiply(
     gate: Gate | None = None,
 ) -> Tensor:
     """Round the input and multiply with the weights ``name``."""
-    product, inputs, tensors = _product(spec), spec.scheme.activations, part(packed, name)
+    product = _product(spec)
+    inputs = spec.scheme.activations
+    tensors = part(packed, name)
     static, bias = tensors.get("input_scale"), tensors.get("bias")
     if static is not None and static.numel() > 1:
         # each expert rounds its tokens with a scale of its own
