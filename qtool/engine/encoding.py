@@ -24,6 +24,8 @@ class EncodeRequest:
     input_ids: Sequence[int] | Sequence[Sequence[int]] | None = None
     """Tokens in place of ``prompt``."""
     rid: str | Sequence[str] | None = None
+    cache_salt: str = ""
+    """Only requests with the same one find each other's prompts in the prefix cache."""
 
 
 class Encoded(TypedDict):
@@ -50,17 +52,21 @@ def encode_requests(parser: RequestParser, given: EncodeRequest) -> tuple[list[R
         message = f"{len(prompts)} prompts and {len(names)} ids"
         raise UsageError("E_PROMPT", message, hint="give one rid for each prompt")
     return [
-        _request(parser, tokens, name, index)
+        _request(parser, tokens, name, index, given.cache_salt)
         for index, (tokens, name) in enumerate(zip(prompts, names, strict=True))
     ], single
 
 
-def _request(parser: RequestParser, tokens: list[int], name: str, index: int) -> Request:
+def _request(
+    parser: RequestParser, tokens: list[int], name: str, index: int, cache_salt: str
+) -> Request:
     return Request(
         id=name,
         group=name,
         index=index,
-        sequence=SequenceState(tokens, 0, use_prefix=parser.use_prefix, is_encoded=True),
+        sequence=SequenceState(
+            tokens, 0, use_prefix=parser.use_prefix, cache_salt=cache_salt, is_encoded=True
+        ),
         params=NO_TEXT,
         seed=0,
         text=TextStream(None, NO_TEXT, (), max_new_tokens=1),

@@ -28,9 +28,17 @@ from qtool.sizes import format_size
 CPU_SHARE = 0.25  # of the free host memory, for the KV cache of a CPU
 
 
+def first_parent(cache_salt: str) -> bytes:
+    """Return what comes before the first page of the prompts that have ``cache_salt``."""
+    if not cache_salt:
+        return b""
+    # by another function than pages: no salt looks like tokens that came before
+    return hashlib.blake2b(cache_salt.encode(), digest_size=16, person=b"cache_salt").digest()
+
+
 def page_digest(parent: bytes, tokens: Iterable[int]) -> bytes:
     """Return the name of a full page: it depends on the page's tokens and, through ``parent``, on
-    all before them (``b""`` for the first).
+    all before them (`first_parent` for the first).
     """
     return hashlib.blake2b(parent + array("i", tokens).tobytes(), digest_size=16).digest()
 

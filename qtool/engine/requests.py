@@ -65,6 +65,8 @@ class GenerateRequest:
     label_token_ids: Sequence[int] = ()
     """With ``return_logprob``: tokens whose log probabilities are returned for each generated
     token."""
+    cache_salt: str = ""
+    """Only requests with the same one find each other's prompts in the prefix cache."""
 
     def __post_init__(self) -> None:
         given = self.top_logprobs_num
@@ -280,19 +282,14 @@ class RequestParser:
         for tokens, params, name, options in zip(prompts, all_params, names, logprobs, strict=True):
             for number in range(params.n):
                 request = self._request(
-                    tokens,
-                    params,
-                    options,
-                    name,
-                    number,
-                    index=len(requests),
-                    stream=given.stream,
+                    given, tokens, params, options, name, number, index=len(requests)
                 )
                 requests.append(request)
         return requests, single and all_params[0].n == 1
 
     def _request(
         self,
+        given: GenerateRequest,
         tokens: list[int],
         params: SamplingParams,
         logprobs: LogprobOptions,
@@ -300,7 +297,6 @@ class RequestParser:
         number: int,
         *,
         index: int,
-        stream: bool,
     ) -> Request:
         """Return the request for completion ``number`` of the prompt ``tokens``."""
         max_new_tokens = self._max_new_tokens(params, len(tokens))
@@ -310,6 +306,7 @@ class RequestParser:
             max_new_tokens,
             waits_for_tokens=params.waits_for_tokens or self.speculation is not None,
             use_prefix=self.use_prefix and not wants_prompt,
+            cache_salt=given.cache_salt,
             needs_logits=wants_prompt,
         )
         text = TextStream(
@@ -332,7 +329,7 @@ class RequestParser:
             params=params,
             seed=params.row_seed(number),
             text=text,
-            stream=stream,
+            stream=given.stream,
             history=History.of(params, tokens),
             constraint=self._after_thoughts(constraint, text, params),
             top_logprobs=logprobs.top,

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from qtool.engine.attention.pages import MAX_EXPANDED_TOKENS, PAGE, pairs_saved
-from qtool.engine.kv_cache import Pages, page_digest
+from qtool.engine.kv_cache import Pages, first_parent, page_digest
 from qtool.engine.state_snapshots import StateSnapshots, boundaries
 from qtool.engine.step import Chunk, Gain, SequenceState, Step
 from qtool.errors import UsageError
@@ -413,7 +413,7 @@ class Scheduler:
         digests = sequence.digests
         tokens = sequence.tokens
         for number in range(len(digests), count):
-            before = digests[-1] if digests else b""
+            before = digests[-1] if digests else first_parent(sequence.cache_salt)
             digests.append(page_digest(before, tokens[number * PAGE : (number + 1) * PAGE]))
 
 

@@ -11,7 +11,7 @@ from typing import Literal, TypeAlias
 class SequenceState:
     """A prompt and what was generated after it.
 
-    The first seven fields are the caller's, the others the scheduler's.
+    The first eight fields are the caller's, the others the scheduler's.
     """
 
     prompt: list[int]
@@ -22,6 +22,8 @@ class SequenceState:
     """
     use_prefix: bool = True
     """False: every token of the prompt is computed (logprobs of the prompt)."""
+    cache_salt: str = ""
+    """Only sequences with the same one share pages."""
     needs_logits: bool = False
     """For all tokens of the prompt, which is then computed in small parts: logits take memory."""
     is_encoded: bool = False

@@ -5,6 +5,7 @@ whatever arrives, ends or fails meanwhile.
 from __future__ import annotations
 
 import random
+from array import array
 from collections import Counter, deque
 
 import pytest
@@ -14,7 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from qtool.engine import scheduler as scheduler_module
 from qtool.engine.attention.pages import PAGE
-from qtool.engine.kv_cache import Pages, page_digest
+from qtool.engine.kv_cache import Pages, first_parent, page_digest
 from qtool.engine.scheduler import Scheduler
 from qtool.engine.state_snapshots import StateSnapshots
 from qtool.engine.step import Chunk, SequenceState, Step
@@ -24,6 +25,7 @@ VOCABULARY = 50
 NAN = -1  # a token sampled from logits that are not finite
 BAD = None  # what a page holds where keys and values are not finite
 TORN = (-2,)  # and where a step that broke off left some layers unwritten: nobody may read it
+SALTS = ("", "a", "b")
 # prompts start as one of these
 BASES = [[base * 7 + i % 5 for i in range(150)] for base in range(3)]
 
@@ -43,8 +45,8 @@ def draft(sequence: SequenceState, room: int) -> list[int]:
     return tokens[len(tokens) - count :]
 
 
-def digests_of(tokens: list[int]) -> list[bytes]:
-    digests = [b""]
+def digests_of(tokens: list[int], salt: str = "") -> list[bytes]:
+    digests = [first_parent(salt)]
     for start in range(0, len(tokens) - PAGE + 1, PAGE):
         digests.append(page_digest(digests[-1], tokens[start : start + PAGE]))
     return digests[1:]
@@ -383,7 +385,8 @@ class Loop:
                     slots[-1][: len(slots[-1]) - PAGE + 1 + i] == slot
                     for i, slot in enumerate(slots)
                 )
-                assert digests_of(list(slots[-1]))[-1] == digest and len(slots[-1]) % PAGE == 0
+                assert len(slots[-1]) % PAGE == 0
+                assert digest in {digests_of(list(slots[-1]), salt)[-1] for salt in SALTS}
             else:
                 assert self.device.touched, "registered, and not written"
 
@@ -425,9 +428,10 @@ class Engine(RuleBasedStateMachine):
         new=st.integers(0, 60),
         waits=st.lists(st.booleans(), min_size=1, max_size=4),  # one sequence each
         use_prefix=st.sampled_from([True, True, False]),
+        salt=st.sampled_from(SALTS),
         needs_logits=st.booleans(),
     )
-    def arrive(self, prompt, new, waits, use_prefix, needs_logits):
+    def arrive(self, prompt, new, waits, use_prefix, salt, needs_logits):
         scheduler = self.loop.scheduler
         for waits_for_tokens in waits:
             sequence = SequenceState(
@@ -435,6 +439,7 @@ class Engine(RuleBasedStateMachine):
                 new,
                 waits_for_tokens=waits_for_tokens,
                 use_prefix=use_prefix,
+                cache_salt=salt,
                 needs_logits=needs_logits,
             )
             stored = len(prompt) + max(min(new, scheduler.context_length - len(prompt)), 1) - 1
@@ -567,9 +572,9 @@ def loop() -> Loop:
     return Loop(pages=40, max_running=8, token_budget=100, context_length=400)
 
 
-def finished(loop: Loop, prompt: list[int], new: int = 3) -> SequenceState:
+def finished(loop: Loop, prompt: list[int], new: int = 3, **options: object) -> SequenceState:
     """A sequence that has run to its end."""
-    sequence = SequenceState(prompt, new)
+    sequence = SequenceState(prompt, new, **options)
     loop.add(sequence)
     loop.drain()
     return sequence
@@ -643,6 +648,14 @@ def test_a_prefix_of_other_tokens_is_not_found(loop):
     other = finished(loop, [99, *BASES[0][1:64]])
     assert other.cached_tokens == 0  # though its pages 2 to 4 hold the same tokens
     assert finished(loop, BASES[0][16:64]).cached_tokens == 0  # the same pages at other positions
+
+
+def test_only_prompts_of_one_salt_find_each_other(loop):
+    salts = (*SALTS, "a", "")
+    found = [finished(loop, BASES[0][:64], cache_salt=salt).cached_tokens for salt in salts]
+    assert found == [0, 0, 0, 48, 48]
+    spelled = array("i", BASES[0][:PAGE]).tobytes().decode()
+    assert first_parent(spelled) != digests_of(BASES[0][:PAGE])[0]
 
 
 def test_sequences_of_one_step_share_their_prompt(loop):

@@ -403,6 +403,41 @@ def test_a_refusal_leaves_a_line_and_a_count(http, served):
     assert "a secret" not in served.said()
 
 
+WORDS = "four five six " * 20
+CHAT = {"messages": [{"role": "user", "content": WORDS}], "max_tokens": 1}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "told"),
+    [
+        ("completions", {"prompt": WORDS, "max_tokens": 1}, "prompt_tokens_details.cached_tokens"),
+        ("chat/completions", CHAT, "prompt_tokens_details.cached_tokens"),
+        ("messages", CHAT, "cache_read_input_tokens"),
+        ("responses", {"input": WORDS}, "input_tokens_details.cached_tokens"),
+    ],
+    ids=["completions", "chat", "messages", "responses"],
+)
+def test_a_salt_keeps_prompts_of_clients_apart(http, post, path, body, told):
+    http.post("/flush_cache")
+    found = []
+    for salt in ({}, {"cache_salt": "a"}, {"extra_key": "a"}, {"cache_salt": "a"}):
+        usage = post(f"/v1/{path}", **body, **salt)["usage"]
+        for name in told.split("."):
+            usage = usage[name]
+        found.append(usage)
+    assert found[:3] == [0, 0, 0] and found[3] > 0
+
+
+def test_each_prompt_may_have_a_salt(http, post):
+    http.post("/flush_cache")
+    ask = {"text": [WORDS, WORDS], "sampling_params": {"max_new_tokens": 1}}
+    post("/generate", **ask, extra_key=["a", None])
+    apart = post("/generate", **ask, extra_key=["b", "a"])
+    assert [one["meta_info"]["cached_tokens"] > 0 for one in apart] == [False, True]
+    refused = http.post("/generate", json=ask | {"cache_salt": ["a"]})
+    assert refused.status_code == 400 and "values of cache_salt" in refused.text
+
+
 # Metrics
 
 NAMES = {

@@ -96,6 +96,7 @@ async def run_chat(
             stream=bool(body.stream),
             rid=rid,
             top_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+            cache_salt=body.salt,
             grammar=await service.compiled(params),
         )
         account.expect(submission.prompts)

@@ -76,6 +76,7 @@ async def complete(service: Service, body: CompletionRequest) -> Response:
             rid=rid,
             top_logprobs=0 if by_likelihood and body.logprobs is None else body.logprobs,
             prompt_logprobs_from=0 if body.echo and body.logprobs is not None else -1,
+            cache_salt=body.salt,
             grammar=await service.compiled(params),
         )
         account.expect(submission.prompts)

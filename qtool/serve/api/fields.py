@@ -189,6 +189,8 @@ MaxTokensOrZero = Annotated[Whole, Field(ge=0, le=RANGES["max_new_tokens"][1])]
 RequestId = Annotated[str, Field(pattern=r"^[!-~]{1,200}$")]
 """Printable, because it is written to the log."""
 
+CacheSalt = Annotated[str, Field(max_length=1024)]
+
 ModelName = Annotated[str, Field(max_length=1024)]
 """Repeated in replies."""
 

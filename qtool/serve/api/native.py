@@ -18,13 +18,18 @@ from qtool.errors import UsageError
 from qtool.serve.api.answering import DONE, Reply, answer_all, event, reply_bytes
 from qtool.serve.api.fields import PromptInput, as_prompts, is_single
 from qtool.serve.api.prompt import tokenize_prompts
-from qtool.serve.api.protocol import GenerateRequest, NativeSampling
+from qtool.serve.api.protocol import GenerateRequest, NativeSampling, one_salt
 from qtool.serve.api.replies import Account, finite, log_request, without_text
 from qtool.serve.api.schemas import Generation, GenerationChunk, GenerationFacts, NativeLogprob
 from qtool.serve.backend.engine_client import OutputStream
 from qtool.serve.backend.messages import Submission
 from qtool.serve.service import Service
 from qtool.serve.turns import current_origin, name_request
+
+PER_PROMPT = (
+    *("sampling_params", "rid", "cache_salt", "extra_key"),
+    *("return_logprob", "logprob_start_len", "top_logprobs_num"),
+)
 
 
 async def generate(service: Service, body: GenerateRequest) -> Response:
@@ -50,6 +55,7 @@ async def generate(service: Service, body: GenerateRequest) -> Response:
                 rid=rid,
                 top_logprobs=options.top_logprobs,
                 prompt_logprobs_from=options.prompt_logprobs_from,
+                cache_salt=options.salt,
                 grammar=await service.compiled(its),
             )
             for group, its, options, rid in zip(groups, params, each, rids, strict=True)
@@ -73,6 +79,7 @@ class _Options:
 
     sampling: NativeSampling
     rid: str | None
+    salt: str
     top_logprobs: int | None
     prompt_logprobs_from: int
 
@@ -82,8 +89,7 @@ def _options(body: GenerateRequest, count: int) -> list[_Options]:
 
     Raises: UsageError, for a list of another length.
     """
-    names = ("sampling_params", "rid", "return_logprob", "logprob_start_len", "top_logprobs_num")
-    given = {name: getattr(body, name) for name in names}
+    given = {name: getattr(body, name) for name in PER_PROMPT}
     lists = {name: value for name, value in given.items() if isinstance(value, list)}
     for name, value in lists.items():
         if len(value) != count:
@@ -97,6 +103,7 @@ def _options(body: GenerateRequest, count: int) -> list[_Options]:
             _Options(
                 own["sampling_params"] or NativeSampling(),
                 own["rid"],
+                one_salt(own["cache_salt"], own["extra_key"]),
                 (own["top_logprobs_num"] or 0) if own["return_logprob"] else None,
                 -1 if start is None else start,
             )

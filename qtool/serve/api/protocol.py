@@ -7,6 +7,7 @@ checked by `SamplingParams` and the engine.
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, ClassVar, Literal, Self, TypeVar
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -20,6 +21,7 @@ from qtool.serve.api.fields import (
     MAX_PARTS,
     MAX_PROMPTS,
     MAX_TOOLS,
+    CacheSalt,
     Grammar,
     Json,
     LogitBias,
@@ -87,6 +89,25 @@ class StructuredOutputs(Body):
     structural_tag: Grammar | None = None
 
 
+class CacheFields(Body):
+    """What keeps the prompts of some clients apart from those of others in the prefix cache."""
+
+    cache_salt: CacheSalt | None = None
+    """vLLM's."""
+    extra_key: CacheSalt | None = None
+    """SGLang's, which counts both."""
+
+    @property
+    def salt(self) -> str:
+        """Both as one."""
+        return one_salt(self.cache_salt, self.extra_key)
+
+
+def one_salt(cache_salt: str | None, extra_key: str | None) -> str:
+    """Return both as one; "" where there is neither."""
+    return json.dumps([cache_salt, extra_key]) if cache_salt or extra_key else ""
+
+
 class SamplingFields(Body):
     """Sampling fields with the same names on OpenAI's and SGLang's routes."""
 
@@ -113,7 +134,7 @@ class SamplingFields(Body):
     json_schema: Grammar | None = None
 
 
-class OpenAISamplingFields(SamplingFields):
+class OpenAISamplingFields(SamplingFields, CacheFields):
     """The fields that chats and completions share."""
 
     model: ModelName | None = None
@@ -314,8 +335,10 @@ class GenerateRequest(Body):
     ) = None
     input_ids: TokenLists | None = None
     sampling_params: NativeSampling | Each[NativeSampling] | None = None
-    """This and the next four are for all prompts, or one for each."""
+    """This and the next six are for all prompts, or one for each."""
     rid: RequestId | Each[RequestId] | None = None
+    cache_salt: CacheSalt | Each[CacheSalt | None] | None = None
+    extra_key: CacheSalt | Each[CacheSalt | None] | None = None
     return_logprob: bool | Each[bool | None] | None = None
     logprob_start_len: LogprobStart | Each[LogprobStart | None] | None = None
     top_logprobs_num: LogprobCount | Each[LogprobCount | None] | None = None

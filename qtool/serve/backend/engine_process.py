@@ -174,7 +174,9 @@ def _engine_request(
     count = len(submission.prompts)
     names = [f"{key}-{number}" for number in range(count)]  # two clients may send the same rid
     if engine.encoding is not None:
-        return EncodeRequest(input_ids=submission.prompts, rid=names)
+        return EncodeRequest(
+            input_ids=submission.prompts, rid=names, cache_salt=submission.cache_salt
+        )
     return GenerateRequest(
         sampling_params=[submission.params] * count,
         input_ids=submission.prompts,
@@ -183,6 +185,7 @@ def _engine_request(
         top_logprobs_num=submission.top_logprobs or 0,
         logprob_start_len=submission.prompt_logprobs_from,
         label_token_ids=submission.label_token_ids,
+        cache_salt=submission.cache_salt,
         rid=names,
     )
 

@@ -38,6 +38,8 @@ class Submission:
     """-1: none of the prompt."""
     label_token_ids: Sequence[int] = field(default_factory=list)
     """With log probabilities: tokens whose own are returned for each generated token."""
+    cache_salt: str = ""
+    """Only prompts with the same one share their prefixes."""
     grammar: tuple[str, str, str] | None = None
     """(kind, text, compiled) of the constraint in ``params``."""
 

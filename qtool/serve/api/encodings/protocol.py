@@ -14,7 +14,7 @@ from pydantic import Field, PlainValidator, WithJsonSchema, model_validator
 
 from qtool.engine.sampling_params import LARGEST
 from qtool.engine.scores import ignored_option_reason
-from qtool.serve.api.body import Body, Part
+from qtool.serve.api.body import Part
 from qtool.serve.api.fields import (
     PROMPT_SCHEMA,
     ModelName,
@@ -25,6 +25,7 @@ from qtool.serve.api.fields import (
     are_tokens,
     check_prompt,
 )
+from qtool.serve.api.protocol import CacheFields
 
 MAX_INPUTS = 2048  # OpenAI's limit
 MAX_LABELS = 256
@@ -49,7 +50,7 @@ Input = Annotated[
 ]
 
 
-class EncodingFields(Body):
+class EncodingFields(CacheFields):
     """What all these requests may say."""
 
     model: ModelName | None = None

@@ -29,6 +29,7 @@ from qtool.serve.api.answering import json_reply
 from qtool.serve.api.encodings.protocol import (
     SIDES,
     EmbeddingRequest,
+    EncodingFields,
     RerankRequest,
     ScoreRequest,
 )
@@ -58,10 +59,11 @@ NUMBER_BYTES = 20  # of a number in JSON
 class _Run:
     """One request: the slots that it holds, what it used, and what the engine returns for it."""
 
-    def __init__(self, service: Service, kind: str, rid: str | None) -> None:
+    def __init__(self, service: Service, kind: str, body: EncodingFields) -> None:
         self._service = service
         self._account = Account(kind, service.metrics, streamed=False)
-        self.id = name_request(rid or service.new_id(f"{kind}-"))
+        self.id = name_request(body.rid or service.new_id(f"{kind}-"))
+        self._salt = body.salt
         self.created = int(time.time())
 
     async def vectors(
@@ -78,7 +80,10 @@ class _Run:
         encoding = self._service.info.encoding
         assert encoding is not None
         outputs = await self._outputs(
-            prompts, lambda some: Submission(some, NO_TEXT, stream=False, rid=self.id)
+            prompts,
+            lambda some: Submission(
+                some, NO_TEXT, stream=False, rid=self.id, cache_salt=self._salt
+            ),
         )
         return [
             vector_of(encoding, output.vector, dimensions, activate=activate) for output in outputs
@@ -100,6 +105,7 @@ class _Run:
                 rid=self.id,
                 top_logprobs=0,
                 label_token_ids=labels,
+                cache_salt=self._salt,
             ),
         )
 
@@ -151,7 +157,7 @@ async def embed(service: Service, body: EmbeddingRequest) -> Response:
     assert encoding is not None
     check_dimensions(encoding, body.dimensions)
     given = as_prompts(body.input)
-    run = _Run(service, "embd", body.rid)
+    run = _Run(service, "embd", body)
     special = body.add_special_tokens is not False
     prompts = await tokenize_prompts(service, given, add_special_tokens=special)
     log_request(given, NO_TEXT, service.settings)
@@ -185,7 +191,7 @@ async def score(service: Service, body: ScoreRequest) -> Response:
     """Answer ``body``. Raises: UsageError, ModelNotFound, Busy."""
     service.check_model(body.model)
     pairs = cast(list[tuple[str, str]], _pairs(body))
-    run = _Run(service, "score", body.rid)
+    run = _Run(service, "score", body)
     scores = await _scores(service, run, pairs, body.instruction, body.use_activation)
     return json_reply(
         Scores(
@@ -208,7 +214,7 @@ async def score_labels(service: Service, body: ScoreRequest, labels: Sequence[in
     pairs = cast(list[tuple[str, str]], _pairs(body))  # or two lists of tokens each
     check_characters(sum(len(query) + len(item) for query, item in pairs), len(pairs))
     joined = join_pairs(pairs, item_first=bool(body.item_first))
-    run = _Run(service, "score", body.rid)
+    run = _Run(service, "score", body)
     log_request(joined, NO_TEXT, service.settings)
     prompts = await tokenize_prompts(service, joined)
     outputs = await run.label_outputs(prompts, labels)
@@ -246,7 +252,7 @@ async def rerank(service: Service, body: RerankRequest, *, repeat: bool) -> Resp
     """
     service.check_model(body.model)
     texts = [one if isinstance(one, str) else one.text for one in body.documents]
-    run = _Run(service, "rerank", body.rid)
+    run = _Run(service, "rerank", body)
     pairs = [(body.query, text) for text in texts]
     scores = await _scores(service, run, pairs, body.instruction, body.use_activation)
     shows = repeat if body.return_documents is None else body.return_documents

@@ -11,7 +11,7 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
 from qtool.engine.sampling_params import MAX_STOP_STRINGS
-from qtool.serve.api.body import Body, Part
+from qtool.serve.api.body import Part
 from qtool.serve.api.fields import (
     MAX_AGENT_TOOLS,
     MAX_MESSAGES,
@@ -25,7 +25,7 @@ from qtool.serve.api.fields import (
     bounded,
     without_empty,
 )
-from qtool.serve.api.protocol import check_content
+from qtool.serve.api.protocol import CacheFields, check_content
 
 
 class TextBlock(Part):
@@ -197,7 +197,7 @@ class OutputConfig(Part):
     format: OutputFormat | None = None
 
 
-class MessagesRequest(Body):
+class MessagesRequest(CacheFields):
     """``POST /v1/messages``, and, without what is generated, ``/v1/messages/count_tokens``."""
 
     without_effect: ClassVar[frozenset[str]] = frozenset(

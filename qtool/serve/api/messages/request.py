@@ -67,6 +67,8 @@ def chat_request(body: MessagesRequest, rid: str, template: str | None = None) -
         top_p=body.top_p,
         top_k=body.top_k,
         rid=rid,
+        cache_salt=body.cache_salt,
+        extra_key=body.extra_key,
     )
 
 

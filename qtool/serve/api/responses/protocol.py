@@ -23,7 +23,7 @@ from qtool.serve.api.fields import (
     Whole,
     Word,
 )
-from qtool.serve.api.protocol import SamplingFields, StreamOptions, check_content
+from qtool.serve.api.protocol import CacheFields, SamplingFields, StreamOptions, check_content
 
 NO_STORE = "nothing is stored: send the whole conversation in `input`"
 REFUSED_ITEMS = {
@@ -269,7 +269,7 @@ class TextOptions(Part):
     """Accepted without effect."""
 
 
-class ResponsesRequest(SamplingFields):
+class ResponsesRequest(SamplingFields, CacheFields):
     """``POST /v1/responses``: OpenAI's fields, and the sampling fields that vLLM adds."""
 
     without_effect: ClassVar[frozenset[str]] = frozenset(

@@ -67,6 +67,8 @@ def translate(body: ResponsesRequest, rid: str, template: str | None = None) -> 
         chat_template_kwargs=body.chat_template_kwargs,
         stream=body.stream,
         rid=rid,
+        cache_salt=body.cache_salt,
+        extra_key=body.extra_key,
     )
     return Translation(chat, table)
 
