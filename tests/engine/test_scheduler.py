@@ -185,7 +185,8 @@ class Loop:
             snapshots=None if snapshots is None else StateSnapshots(snapshots),
         )
         self.device = Device(has_states=snapshots is not None)
-        self.flying: deque[tuple[Step, list[int]]] = deque()
+        # with their tokens, and how often the sequence of each chunk had been preempted
+        self.flying: deque[tuple[Step, list[int], list[int]]] = deque()
         self.live: list[SequenceState] = []
         self.ended: Counter[SequenceState] = Counter()
         self.failed: list[SequenceState] = []
@@ -248,8 +249,12 @@ class Loop:
     def launch(self, bad: SequenceState | None = None) -> bool:
         step = self.schedule()
         if step:
-            self.flying.append((step, self.device.run(step, bad)))
+            self.fly(step, bad)
         return step is not None
+
+    def fly(self, step: Step, bad: SequenceState | None = None) -> None:
+        preemptions = [chunk.sequence.preemptions for chunk in step.chunks]
+        self.flying.append((step, self.device.run(step, bad), preemptions))
 
     def launch_raises(self) -> None:
         step = self.schedule()
@@ -276,7 +281,7 @@ class Loop:
         return newest
 
     def read(self, stop: int | None = None) -> None:
-        step, tokens = self.flying.popleft()
+        step, tokens, _ = self.flying.popleft()
         gained = step.gained(tokens)
         self.scheduler.commit(gained)
         for chunk, gain in gained:
@@ -294,16 +299,14 @@ class Loop:
                     self.end(sequence)
 
     def read_raises(self) -> None:
-        for step, _ in self.flying:
-            self.device.run(
-                Step(
-                    [c for c in step.chunks if c.sequence.row is not None and c.sequence.pages],
-                    0,
-                    [],
-                ),
-                broken=True,
-            )
-        for step, _ in self.flying:
+        for step, _, preemptions in self.flying:
+            still = [  # nobody reads what the others wrote: they gave up their pages since
+                chunk
+                for chunk, before in zip(step.chunks, preemptions, strict=True)
+                if chunk.sequence.pages and chunk.sequence.preemptions == before
+            ]
+            self.device.run(Step(still, 0, []), broken=True)
+        for step, *_ in self.flying:
             self.fail(step)
         self.flying.clear()
 
@@ -852,7 +855,7 @@ def test_a_preempted_sequence_waits_for_its_pending_tokens_and_may_end_with_them
     assert loop.schedule() is None  # there is room, but what would be computed is not known
     loop.read()
     loop.end(new)
-    step, tokens = loop.flying.popleft()
+    step, tokens, _ = loop.flying.popleft()
     loop.scheduler.commit(step.gained(tokens))
     assert (len(new.tokens), new.state, len(loop.scheduler.waiting)) == (17, "finished", 0)
 
@@ -906,7 +909,7 @@ def test_drafts_take_what_nobody_else_needs():
         (1, 2),
         (2, 0),
     ]
-    loop.flying.append((step, loop.device.run(step)))
+    loop.fly(step)
     loop.read()
     assert len(sequences[0].tokens) == 3 + 1 + 3
     loop.drain()
