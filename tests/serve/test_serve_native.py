@@ -413,7 +413,11 @@ CHAT = {"messages": [{"role": "user", "content": WORDS}], "max_tokens": 1}
         ("completions", {"prompt": WORDS, "max_tokens": 1}, "prompt_tokens_details.cached_tokens"),
         ("chat/completions", CHAT, "prompt_tokens_details.cached_tokens"),
         ("messages", CHAT, "cache_read_input_tokens"),
-        ("responses", {"input": WORDS}, "input_tokens_details.cached_tokens"),
+        (
+            "responses",
+            {"input": WORDS, "max_output_tokens": 1},
+            "input_tokens_details.cached_tokens",
+        ),
     ],
     ids=["completions", "chat", "messages", "responses"],
 )
