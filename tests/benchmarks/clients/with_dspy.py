@@ -11,6 +11,7 @@ model = dspy.LM(
     api_key="none",
     max_tokens=600,
     cache=False,
+    response_format={"type": "json_object"},  # it asks by itself where it knows the server
 )
 dspy.configure(lm=model, adapter=dspy.JSONAdapter())
 assert model("def main():")
