@@ -32,7 +32,7 @@ for (const model of models) {
     tools: { weather: tool({ description: "Tells the weather.", inputSchema: schema, execute: () => { asked += 1; return "rain"; } }) },
     toolChoice: "required",
     stopWhen: stepCountIs(2),
-    maxOutputTokens: 400,
+    maxOutputTokens: 2000,
   });
   assert(asked >= 1);
 }
@@ -40,6 +40,6 @@ const { output } = await generateText({
   model: models[0],
   prompt: "Where does it rain?",
   output: Output.object({ schema }),
-  maxOutputTokens: 400,
+  maxOutputTokens: 2000,
 });
 assert(["Oslo", "Rome"].includes(output.city));
