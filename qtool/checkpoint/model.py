@@ -153,7 +153,7 @@ class Checkpoint:
         """Bytes of all tensors together."""
         return sum(tensor.size_bytes for tensor in self.tensors.values())
 
-    @property
+    @cached_property
     def text_config(self) -> Json:
         """The part of the config that describes the language model (multimodal configs nest it)."""
         for key in ("text_config", "llm_config"):
