@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from qtool.engine.attention.pages import KVPages, Packed
-from qtool.engine.norm_kind import NormKind
+from qtool.engine.norm_kind import NO_KIND, NormKind
 from qtool.runtime.c_library import BASE_FLAGS, fields, load_library, openmp
 
 SOURCE = Path(__file__).with_suffix(".c")
@@ -66,8 +66,8 @@ def add_norm(
             *map(_address, (x, residual, other, after_weight, after_bias, weight, bias)),
             total.data_ptr(),
             out.data_ptr(),
-            Kind(*(after_kind or NormKind(0.0))),
-            Kind(*(kind or NormKind(0.0))),
+            Kind(*(after_kind or NO_KIND)),
+            Kind(*(kind or NO_KIND)),
             factor,
         )
     )
@@ -135,7 +135,7 @@ def rotate_and_write(
     size = qkv.element_size()
     address = qkv.data_ptr()
     out = qkv.new_empty(tokens, heads, width)
-    q_norm, k_norm, kind = norms or (None, None, NormKind(0.0))
+    q_norm, k_norm, kind = norms or (None, None, NO_KIND)
     cos, sin = angles or (None, None)
     library.rotate_and_write(
         Rotate(

@@ -16,3 +16,7 @@ class NormKind(NamedTuple):
     """Whether to round only after the product with the weight, not before as well."""
     centered: bool = False
     """Whether the mean is subtracted first: a LayerNorm, otherwise an RMSNorm."""
+
+
+NO_KIND = NormKind(0.0)
+"""In place of the kind of a norm that is not there."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from qtool.engine import native_elementwise
-from qtool.engine.norm_kind import NormKind
+from qtool.engine.norm_kind import NO_KIND, NormKind
 from qtool.runtime.kernels import current
 from qtool.runtime.kernels.scaled_mm import rounded_rows
 from qtool.runtime.linear import QuantizedLinear
@@ -190,7 +190,7 @@ def _launch_add_norm(
     if norm and after and norm.kind != after.kind:  # a launch more
         x = after(x)[0]
         after = None
-    kind = next((each.kind for each in (norm, after) if each), NormKind(0.0))
+    kind = next((each.kind for each in (norm, after) if each), NO_KIND)
     return elementwise.add_norm(
         x.contiguous(),
         states.residual,
