@@ -5,7 +5,7 @@ the engine. Each route that chats has a `Reply` of its own shape.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from starlette.responses import Response
 
@@ -18,7 +18,7 @@ from qtool.serve.api.prompt import render_prompt
 from qtool.serve.api.protocol import ChatRequest
 from qtool.serve.api.replies import Account, log_request
 from qtool.serve.api.sampling import is_constrained, sampling_params
-from qtool.serve.api.tools.choice import Choice, choose, schema_for
+from qtool.serve.api.tools.choice import Choice, choose, log_not_held, schema_for
 from qtool.serve.api.tools.parsers import call_tag
 from qtool.serve.backend.messages import Submission
 from qtool.serve.service import Service
@@ -132,11 +132,15 @@ def _choice_and_params(
 def _held_choice(service: Service, body: ChatRequest) -> Choice:
     """Return what ``body`` lets the model call; not strict where calls cannot be held."""
     choice = choose(body.tools, body.tool_choice)
-    if choice.is_strict and not service.grammars.can_compile:
-        return choice.not_held("no-xgrammar")
-    if choice.is_strict and is_constrained(body):
-        return choice.not_held("constrained-answer")
-    return choice
+    if not choice.is_strict:
+        return choice
+    if not service.grammars.can_compile:
+        log_not_held("no-xgrammar")
+    elif is_constrained(body):
+        log_not_held("constrained-answer")
+    else:
+        return choice
+    return replace(choice, is_held=False)
 
 
 def _forced_constraint(
@@ -147,6 +151,6 @@ def _forced_constraint(
     if tag := call_tag(choice, service.tool_style, parallel=parallel):
         return "structural_tag", tag
     if choice.is_strict:
-        choice.not_held(f"style-{service.tool_style}")
+        log_not_held(f"style-{service.tool_style}")
     schema = schema_for(choice, parallel=parallel)
     return ("json_schema", schema) if schema else None

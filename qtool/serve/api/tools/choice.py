@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from qtool.errors import UsageError, nearest
@@ -36,15 +36,15 @@ class Choice:
             and any(tool.function.strict for tool in self.tools)
         )
 
-    def not_held(self, reason: str) -> Choice:
-        """Return this choice without `is_strict`, and log why, once for each ``reason``."""
-        log_once("calls of `strict` tools are not held to their schemas (%s)", reason)
-        return replace(self, is_held=False)
-
     @property
     def names(self) -> tuple[str, ...]:
         """The names of the functions that may be called."""
         return tuple(tool.function.name for tool in self.tools)
+
+
+def log_not_held(reason: str) -> None:
+    """Log, once for each ``reason``, why calls of strict tools are not held to their schemas."""
+    log_once("calls of `strict` tools are not held to their schemas (%s)", reason)
 
 
 def choose(tools: Sequence[Tool] | None, tool_choice: ToolChoice | None) -> Choice:
