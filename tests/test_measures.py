@@ -16,7 +16,7 @@ from support.imports import PACKAGE, imports_of
 
 KERNELS = (
     *("runtime/kernels", "runtime/triton", "engine/attention"),
-    *("engine/elementwise.py", "engine/elementwise_latents.py", "engine/triton_delta_net.py"),
+    *("engine/elementwise.py", "engine/elementwise_latents.py", "engine/triton_delta"),
 )
 BRANCHES = (
     *(ast.If, ast.IfExp, ast.For, ast.AsyncFor, ast.While),

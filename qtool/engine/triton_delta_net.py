@@ -1,9 +1,9 @@
 """Gated delta nets in Triton: the short convolution, then the states.
 
 Sequences, heads and parts of a head's values run in parallel, the tokens of a sequence in order:
-those of a chunk `TOGETHER` at a time; a decode token by token, in one program with the right drafts
-before it and the new drafts after it. The programs of these drafts end at once, so that a graph of
-a fixed number of tokens serves sequences with any number of drafts.
+those of a chunk many at a time (`triton_delta_chunks`); a decode token by token, in one program
+with the right drafts before it and the new drafts after it. The programs of these drafts end at
+once, so that a graph of a fixed number of tokens serves sequences with any number of drafts.
 """
 
 # ruff: noqa: N803 (constants of a Triton kernel are written in capitals)
@@ -15,25 +15,17 @@ import triton.language as tl
 from torch import Tensor
 
 from qtool.engine.attention.pages import Packed, RecurrentStates
-from qtool.engine.delta_rule import EPSILON, DeltaWeights, Shape
+from qtool.engine.delta_rule import EPSILON, DeltaWeights
 from qtool.engine.elementwise import Codes, allocate_outputs, launch_options
+from qtool.engine.triton_delta_chunks import add_chunks
+from qtool.engine.triton_delta_state import ANY_VALUE, begin, bounds, kept_channels, log_decay
 from qtool.runtime.triton.row_quantize import codes_of, scale_of
 from qtool.runtime.triton.tiles import start_early
 
-# arguments whose values must not make Triton compile a kernel again
-_ANY = {
-    "do_not_specialize": ["decodes"],
-    "do_not_specialize_on_alignment": ["starts", "rows", "positions"],
-}
 CHANNELS = 64  # of a program of the convolution
 TOKENS = 16  # of a program of the convolution
 VALUES = 32  # of a head, in a program that decodes
-CHUNK_VALUES = 32  # of a head, in a program for a chunk
-CHUNK_WARPS = 4  # of a program for a chunk
 HEAD_NUMBERS = 2048  # channels of all heads in a program of the norm, about
-# Tokens of a chunk that are computed together. With more, powers of their system would grow so
-# large that f32 loses the sum.
-TOGETHER = 16
 
 
 def mix(
@@ -49,60 +41,40 @@ def mix(
     shape = weights.shape
     out = qkv.new_empty(len(qkv), shape.value_heads, shape.value_width)
     mixed, behind = _launch_convolution(qkv, weights.conv, states, packed)
-    shared = {
-        "x": qkv,
-        "mixed": mixed,
-        "b": b,
-        "a": a,
-        "decay": weights.decay,
-        "dt_bias": weights.dt_bias,
-        "conv": states.conv_state,
-        "matrix": states.recurrent_state,
-        "out": out,
-        "rows": packed.rows,
-        "positions": packed.positions,
-        "C": qkv.shape[1],
-        "INPUTS": states.conv_state.shape[1],
-        "SHARED": shape.shared,
-        "KEYS": shape.key_heads * shape.key_width,
-        "K": shape.key_width,
-        "K_PADDED": max(16, triton.next_power_of_2(shape.key_width)),
-        "V": shape.value_width,
-        "EPSILON": EPSILON,
-    }
     if packed.decodes:
         parts = triton.cdiv(shape.value_width, VALUES)
         _decode[(packed.decodes, shape.value_heads, parts)](
-            **shared,
-            **_kept(qkv, shape, parts),
+            x=qkv,
+            mixed=mixed,
+            b=b,
+            a=a,
+            decay=weights.decay,
+            dt_bias=weights.dt_bias,
+            conv=states.conv_state,
+            matrix=states.recurrent_state,
+            out=out,
+            rows=packed.rows,
+            positions=packed.positions,
             drafted=states.drafted,
             behind=behind,
             decodes=packed.decodes,
+            C=qkv.shape[1],
+            INPUTS=states.conv_state.shape[1],
+            **kept_channels(qkv, shape, parts),
+            SHARED=shape.shared,
+            KEYS=shape.key_heads * shape.key_width,
+            K=shape.key_width,
+            K_PADDED=max(16, triton.next_power_of_2(shape.key_width)),
+            V=shape.value_width,
+            VALUES=VALUES,
+            EPSILON=EPSILON,
             DRAFTS=states.drafts,
             SPAN=triton.next_power_of_2(states.drafts + 1),
-            VALUES=VALUES,
             num_warps=4,
         )
-    if chunks := _sequences(packed) - packed.decodes:
-        parts = triton.cdiv(shape.value_width, CHUNK_VALUES)
-        _add_chunks[(chunks, shape.value_heads, parts)](
-            **shared,
-            **_kept(qkv, shape, parts),
-            starts=packed.starts,
-            decodes=packed.decodes,
-            VALUES=CHUNK_VALUES,
-            TOGETHER=TOGETHER,
-            # numbers of 16 bits have fewer digits than tf32
-            PRECISION="tf32x3" if qkv.dtype == torch.float32 else "tf32",
-            num_warps=CHUNK_WARPS,
-        )
+    if _sequences(packed) > packed.decodes:
+        add_chunks(qkv, mixed, b, a, weights, states, packed, out)
     return out
-
-
-def _kept(qkv: Tensor, shape: Shape, parts: int) -> dict[str, int]:
-    """Return for how many channels each program of a sequence keeps the last inputs."""
-    kept = triton.cdiv(qkv.shape[1], shape.value_heads * parts)
-    return {"KEPT": kept, "KEPT_PADDED": triton.next_power_of_2(kept)}
 
 
 def _launch_convolution(
@@ -140,18 +112,6 @@ def _launch_convolution(
 
 def _sequences(packed: Packed) -> int:
     return packed.decodes + (0 if packed.starts is None else packed.starts.numel() - 1)
-
-
-@triton.jit
-def _bounds(starts, sequence, decodes):  # type: ignore[no-untyped-def]
-    """Return the first token of ``sequence`` and the one after its last."""
-    begin, end = sequence, sequence + 1
-    if starts is not None:
-        chunk = tl.maximum(sequence - decodes, 0)
-        is_chunk = sequence >= decodes
-        begin = tl.where(is_chunk, decodes + tl.load(starts + chunk), begin)
-        end = tl.where(is_chunk, decodes + tl.load(starts + chunk + 1), end)
-    return begin, end
 
 
 @triton.jit
@@ -194,7 +154,7 @@ def _inputs(  # type: ignore[no-untyped-def]
     return tl.where(is_here, here, before)
 
 
-@triton.jit(**_ANY)
+@triton.jit(**ANY_VALUE)
 def _convolve(  # type: ignore[no-untyped-def]
     x,
     weight,
@@ -214,7 +174,7 @@ def _convolve(  # type: ignore[no-untyped-def]
     TOKENS: tl.constexpr,
 ):
     """Write the convolution of ``x`` [T, C] over the last ``KERNEL`` inputs, and its SiLU."""
-    begin, end = _bounds(starts, tl.program_id(0), decodes)
+    begin, end = bounds(starts, tl.program_id(0), decodes)
     first = tl.program_id(2) * TOKENS
     if begin + first >= end:
         return
@@ -258,7 +218,7 @@ def _convolve(  # type: ignore[no-untyped-def]
         tl.store(length + row, stop, mask=is_one & (is_draft == 0))
 
 
-@triton.jit(**_ANY)
+@triton.jit(**ANY_VALUE)
 def _decode(  # type: ignore[no-untyped-def]
     x,
     mixed,
@@ -303,7 +263,7 @@ def _decode(  # type: ignore[no-untyped-def]
         )
     i = tl.arange(0, K_PADDED)
     j = part * VALUES + tl.arange(0, VALUES)
-    pointers, inside, state = _begin(
+    pointers, inside, state = begin(
         x,
         conv,
         matrix,
@@ -331,8 +291,8 @@ def _decode(  # type: ignore[no-untyped-def]
             k = tl.load(kept + head // SHARED * K + i, mask=i < K, other=0.0)
             v = tl.load(kept + KEYS + head * V + j, mask=j < V, other=0.0)
             rate = tl.load(kept + size + head)
-            log_decay = _log_decay(tl.load(kept + size + heads + head), decay, dt_bias, head)
-            state = _add_token(state, k, v, rate, log_decay, EPSILON)
+            logs = log_decay(tl.load(kept + size + heads + head), decay, dt_bias, head)
+            state = _add_token(state, k, v, rate, logs, EPSILON)
     for n in range(0, count):
         at = token + n
         keys = mixed + at * C + head // SHARED * K + i
@@ -341,8 +301,8 @@ def _decode(  # type: ignore[no-untyped-def]
         v = tl.load(mixed + at * C + 2 * KEYS + head * V + j, mask=j < V, other=0.0)
         rate = tl.load(b + at * heads + head)
         decayed = tl.load(a + at * heads + head)
-        log_decay = _log_decay(decayed, decay, dt_bias, head)
-        state = _add_token(state, k, v, rate, log_decay, EPSILON)
+        logs = log_decay(decayed, decay, dt_bias, head)
+        state = _add_token(state, k, v, rate, logs, EPSILON)
         q *= tl.rsqrt(tl.sum(q * q, 0) + EPSILON) * K**-0.5
         result = tl.sum(state * q[:, None], 0)
         tl.store(out + (at * heads + head) * V + j, result.to(out.dtype.element_ty), mask=j < V)
@@ -357,174 +317,13 @@ def _decode(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _add_token(state, k, v, rate, log_decay, EPSILON: tl.constexpr):  # type: ignore[no-untyped-def]
+def _add_token(state, k, v, rate, logs, EPSILON: tl.constexpr):  # type: ignore[no-untyped-def]
     """Return ``state`` after a token."""
     k, v = k.to(tl.float32), v.to(tl.float32)
     k *= tl.rsqrt(tl.sum(k * k, 0) + EPSILON)
-    state *= tl.exp(log_decay)
+    state *= tl.exp(logs)
     written = tl.sigmoid(rate.to(tl.float32)) * (v - tl.sum(state * k[:, None], 0))
     return state + k[:, None] * written[None, :]
-
-
-@triton.jit(**_ANY)
-def _add_chunks(  # type: ignore[no-untyped-def]
-    x,
-    mixed,
-    b,
-    a,
-    decay,
-    dt_bias,
-    conv,
-    matrix,
-    out,
-    starts,
-    rows,
-    positions,
-    decodes,
-    C: tl.constexpr,
-    INPUTS: tl.constexpr,
-    KEPT: tl.constexpr,
-    KEPT_PADDED: tl.constexpr,
-    SHARED: tl.constexpr,
-    KEYS: tl.constexpr,
-    K: tl.constexpr,
-    K_PADDED: tl.constexpr,
-    V: tl.constexpr,
-    VALUES: tl.constexpr,
-    EPSILON: tl.constexpr,
-    TOGETHER: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Go through the tokens of a chunk with some values of a head, as `delta_rule` does."""
-    head, part = tl.program_id(1), tl.program_id(2)
-    heads = tl.num_programs(1)
-    begin, end = _bounds(starts, decodes + tl.program_id(0), decodes)
-    if begin == end:
-        return
-    i = tl.arange(0, K_PADDED)
-    j = part * VALUES + tl.arange(0, VALUES)
-    n = tl.arange(0, TOGETHER)
-    row, position = tl.load(rows + begin).to(tl.int64), tl.load(positions + begin)
-    matrices, inside, state = _begin(
-        x,
-        conv,
-        matrix,
-        row,
-        position,
-        begin,
-        end,
-        head,
-        part,
-        i,
-        j,
-        C,
-        INPUTS,
-        KEPT,
-        KEPT_PADDED,
-        K,
-        V,
-    )
-    for start in range(begin, end, TOGETHER):
-        token = (start + n).to(tl.int64)
-        exists = start + n < end
-        keys = mixed + token[:, None] * C + (head // SHARED * K + i)[None, :]
-        values = mixed + token[:, None] * C + (2 * KEYS + head * V + j)[None, :]
-        is_key, is_value = exists[:, None] & (i < K)[None, :], exists[:, None] & (j < V)[None, :]
-        q = tl.load(keys, mask=is_key, other=0.0).to(tl.float32)
-        k = tl.load(keys + KEYS, mask=is_key, other=0.0).to(tl.float32)
-        v = tl.load(values, mask=is_value, other=0.0).to(tl.float32)
-        rate = tl.load(b + token * heads + head, mask=exists, other=0.0).to(tl.float32)
-        rate = tl.where(exists, tl.sigmoid(rate), 0.0)
-        log_decay = tl.load(a + token * heads + head, mask=exists, other=0.0)
-        log_decay = tl.where(exists, _log_decay(log_decay, decay, dt_bias, head), 0.0)
-        q *= (tl.rsqrt(tl.sum(q * q, 1) + EPSILON) * K**-0.5)[:, None]
-        k *= tl.rsqrt(tl.sum(k * k, 1) + EPSILON)[:, None]
-        total = tl.cumsum(log_decay, 0)
-        whole = tl.exp(total)[:, None]
-        seen = n[:, None] >= n[None, :]
-        since = tl.exp(tl.where(seen, total[:, None] - total[None, :], float("-inf")))
-        system = rate[:, None] * since * tl.dot(k, tl.trans(k), input_precision=PRECISION)
-        system = tl.where(n[:, None] > n[None, :], system, 0.0)
-        held = tl.dot(k, state, input_precision=PRECISION)
-        written = rate[:, None] * (v - whole * held)
-        # divided by 1 + system, which is 1 - system times all 1 + system^2, ^4, ^8: sums of large
-        # numbers that cancel out
-        written -= tl.dot(system, written, input_precision="tf32x3")
-        power = system
-        for _ in tl.static_range(3):
-            power = tl.dot(power, power, input_precision="tf32x3")
-            written += tl.dot(power, written, input_precision="tf32x3")
-        seen_keys = since * tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        result = whole * tl.dot(q, state, input_precision=PRECISION)
-        result += tl.dot(seen_keys, written, input_precision=PRECISION)
-        pointers = out + (token * heads + head)[:, None] * V + j[None, :]
-        tl.store(pointers, result.to(out.dtype.element_ty), mask=is_value)
-        last = tl.sum(log_decay, 0)
-        left = tl.trans(tl.exp(last - total)[:, None] * k)
-        state = tl.exp(last) * state + tl.dot(left, written, input_precision=PRECISION)
-    tl.store(matrices, state, mask=inside)
-
-
-@triton.jit
-def _log_decay(a, decay, dt_bias, head):  # type: ignore[no-untyped-def]
-    """Return the logarithm of the decay that ``a`` makes."""
-    size = a.to(tl.float32) + tl.load(dt_bias + head)
-    return tl.load(decay + head) * tl.where(size > 20, size, tl.log(1 + tl.exp(size)))
-
-
-@triton.jit
-def _begin(  # type: ignore[no-untyped-def]
-    x,
-    conv,
-    matrix,
-    row,
-    position,
-    begin,
-    end,
-    head,
-    part,
-    i,
-    j,
-    C: tl.constexpr,
-    INPUTS: tl.constexpr,
-    KEPT: tl.constexpr,
-    KEPT_PADDED: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
-):
-    """Keep a share of the last inputs of a sequence; return where the state of keys ``i`` and
-    values ``j`` of a head lies, which of it exists, and the state: zeros if the sequence begins.
-    """
-    first = (head * tl.num_programs(2) + part) * KEPT
-    conv += row * (C * INPUTS)
-    _keep_inputs(x, conv, begin, end, position, first, C, INPUTS, KEPT, KEPT_PADDED)
-    pointers = matrix + ((row * tl.num_programs(1) + head) * K + i[:, None]) * V + j[None, :]
-    inside = (i < K)[:, None] & (j < V)[None, :]
-    return pointers, inside, tl.load(pointers, mask=inside & (position > 0), other=0.0)
-
-
-@triton.jit
-def _keep_inputs(  # type: ignore[no-untyped-def]
-    x,
-    state,
-    begin,
-    end,
-    position,
-    first,
-    C: tl.constexpr,
-    INPUTS: tl.constexpr,
-    KEPT: tl.constexpr,
-    KEPT_PADDED: tl.constexpr,
-):
-    """Write the last inputs of the ``KEPT`` channels from ``first`` on to ``state``."""
-    n = tl.arange(0, KEPT_PADDED)
-    c = first + n
-    inside = (n < KEPT) & (c < C)
-    x += begin.to(tl.int64) * C
-    count = end - begin
-    for index in range(tl.maximum(0, count - INPUTS), count):
-        value = tl.load(x + index * C + c, mask=inside)
-        tl.store(state + (position + index) % INPUTS * C + c, value, mask=inside)
 
 
 def gated_norm(
