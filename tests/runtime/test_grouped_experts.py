@@ -131,6 +131,13 @@ ALL = (
 )
 
 
+# tokens, experts of each, all experts, rows of a block; segments and chunks of many choices
+SORTED = (
+    *((7, 4, 16, 16, ()), (64, 1, 2, 128, ()), (30, 8, 128, 16, ()), (1500, 3, 40, 64, ())),
+    (2100, 2, 5, 128, (8, 32)),  # segments of several chunks
+)
+
+
 def interpret(cases=FEW) -> None:
     import torch
     from support import triton_cpu
@@ -144,8 +151,11 @@ def interpret(cases=FEW) -> None:
 
     triton_cpu.repair()
     generator = torch.Generator().manual_seed(0)
-    for tokens, top_k, count, size in ((7, 4, 16, 16), (64, 1, 2, 128), (30, 8, 128, 16)):
-        experts = torch.rand(tokens, count, generator=generator).topk(top_k)[1]
+    for tokens, top_k, count, size, cut in SORTED:
+        if cut:
+            routing.SEGMENTS, routing.CHUNK = cut
+        shares = torch.rand(count, generator=generator)  # some experts have many choices, some none
+        experts = (torch.rand(tokens, count, generator=generator) * shares).topk(top_k)[1]
         plain, sorted_ = (
             sort(experts, count, size) for sort in (sort_by_expert, routing.sort_choices)
         )
@@ -195,14 +205,16 @@ def compile_all() -> None:
     own_run = triton_cpu.JITFunction.run
     with compile_in_parallel():
         for size in (16, 64):
-            for tokens in range(5, 64):  # whose number makes no other kernel
+            # whose number makes no other kernel
+            for tokens in (*range(5, 64), *range(513, 560), 20000):
                 some = torch.empty(tokens, 8, dtype=torch.int32, device="meta")
                 blocks = routing.sort_choices(some, 128, size)
                 lists = blocks.rows, blocks.experts, blocks.used
                 assert not any(each.storage_offset() % 4 for each in lists)  # of 16 bytes
     kernels = routing._sort.device_caches[0][0].values()
     assert [kernel.asm["cubin"][:4] for kernel in kernels] == [b"\x7fELF"] * 2
-    assert launchers == ["_sort"] * 2
+    # that of many choices takes blocks of any size
+    assert sorted(launchers) == ["_count_segment", "_sort", "_sort", "_sort_segment"]
     assert triton_cpu.JITFunction.run is own_run
 
     def enter() -> None:

@@ -12,7 +12,13 @@ from qtool.runtime.experts.routing import Blocks, most_blocks
 from qtool.runtime.experts.rules import RoutingRule
 from qtool.runtime.triton.tiles import start_early
 
-CHUNKS = (32, 512, 4096)  # choices that a program looks at together
+CHUNKS = (32, 512, 4096)  # choices that a program looks at together, where one launch sorts all
+# More are sorted by programs that have a segment each. The number of segments stays, as a kernel
+# for another one would be compiled while requests wait.
+SEGMENTS = 128
+CHUNK = 256  # choices of a segment that are looked at together
+COUNTS = 16384  # numbers of choices that are added up together
+SORT_WARPS = 8
 TILE = 1024  # outputs of a program that adds up
 
 
@@ -52,7 +58,7 @@ def top_experts(
 
 
 def sort_choices(experts: Tensor, count: int, size: int, *, pdl: bool = False) -> Blocks:
-    """Return what `sort_by_expert` does, in one launch.
+    """Return what `sort_by_expert` does, in one launch, or in two for many choices.
 
     Args:
         experts: the experts of each token, int32 or int64 [T, top_k], contiguous.
@@ -66,7 +72,11 @@ def sort_choices(experts: Tensor, count: int, size: int, *, pdl: bool = False) -
     end = 4 + blocks * size
     numbers = torch.empty(end + blocks, dtype=torch.int32, device=experts.device)
     used, rows, of_block = numbers[:1], numbers[4:end], numbers[end:]
-    chunk = next((size for size in CHUNKS if choices <= size), CHUNKS[-1])
+    result = Blocks(rows, of_block, used, size, choices, experts.shape[1])
+    if choices > CHUNKS[-1]:
+        _sort_many(experts, count, result, pdl=pdl)
+        return result
+    chunk = next(size for size in CHUNKS if choices <= size)
     _sort[(count,)](
         experts=experts,
         rows=rows,
@@ -80,7 +90,39 @@ def sort_choices(experts: Tensor, count: int, size: int, *, pdl: bool = False) -
         num_warps=max(1, min(8, chunk // 256)),
         **({"launch_pdl": True} if pdl else {}),
     )
-    return Blocks(rows, of_block, used, size, choices, experts.shape[1])
+    return result
+
+
+def _sort_many(experts: Tensor, count: int, blocks: Blocks, *, pdl: bool) -> None:
+    """Fill ``blocks``: count the choices in each segment, then write them to their rows."""
+    bins = triton.next_power_of_2(count)
+    counts = torch.empty(SEGMENTS, bins, dtype=torch.int32, device=experts.device)
+    options = {"num_warps": SORT_WARPS, **({"launch_pdl": True} if pdl else {})}
+    _count_segment[(SEGMENTS,)](
+        experts=experts,
+        counts=counts,
+        choices=blocks.choices,
+        COUNT=bins,
+        CHUNK=CHUNK,
+        PDL=pdl,
+        **options,
+    )
+    _sort_segment[(SEGMENTS,)](
+        experts=experts,
+        counts=counts,
+        rows=blocks.rows,
+        of_block=blocks.experts,
+        used=blocks.used,
+        choices=blocks.choices,
+        count=count,
+        size=blocks.size,
+        COUNT=bins,
+        SEGMENTS=SEGMENTS,
+        TOGETHER=max(1, min(SEGMENTS, COUNTS // bins)),
+        CHUNK=CHUNK,
+        PDL=pdl,
+        **options,
+    )
 
 
 def add_up(y: Tensor, weights: Tensor, *, pdl: bool = False) -> Tensor:
@@ -215,6 +257,87 @@ def _sort(  # type: ignore[no-untyped-def]
         tl.store(of_block + block, expert)
     if expert == 0:
         tl.store(used, tl.sum(padded, 0))
+
+
+@triton.jit(do_not_specialize=["choices"])
+def _count_segment(  # type: ignore[no-untyped-def]
+    experts, counts, choices, COUNT: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr
+):
+    """Write how many choices of a segment each expert has, to ``counts`` [segments, COUNT]."""
+    segment = tl.program_id(0)
+    i = tl.arange(0, CHUNK)
+    start_early(PDL)
+    own = tl.zeros((COUNT,), tl.int32)
+    begin, end = _segment(segment, choices, tl.num_programs(0), CHUNK)
+    for start in range(begin, end, CHUNK):
+        is_there = start + i < end
+        chosen = tl.load(experts + start + i, mask=is_there, other=0).to(tl.int32)
+        own += tl.histogram(chosen, COUNT, is_there)
+    tl.store(counts + segment * COUNT + tl.arange(0, COUNT), own)
+
+
+# the size of blocks is no constant: kernels for each would be compiled while requests wait
+@triton.jit(do_not_specialize=["choices", "count", "size"])
+def _sort_segment(  # type: ignore[no-untyped-def]
+    experts,
+    counts,
+    rows,
+    of_block,
+    used,
+    choices,
+    count,
+    size,
+    COUNT: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    TOGETHER: tl.constexpr,
+    CHUNK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Write the choices of a segment to their rows, and for some of the experts the rest of their
+    blocks.
+    """
+    segment = tl.program_id(0)
+    e = tl.arange(0, COUNT)
+    i = tl.arange(0, CHUNK)
+    s = tl.arange(0, TOGETHER)
+    start_early(PDL)
+    all_parts = tl.zeros((TOGETHER, COUNT), tl.int32)
+    parts_before = tl.zeros((TOGETHER, COUNT), tl.int32)
+    for above in range(0, SEGMENTS, TOGETHER):
+        part = tl.load(counts + (above + s)[:, None] * COUNT + e[None, :])
+        all_parts += part
+        parts_before += tl.where((above + s < segment)[:, None], part, 0)
+    owns = tl.sum(all_parts, 0)
+    padded = (owns + size - 1) // size * size
+    firsts = tl.cumsum(padded, 0) - padded
+    next_rows = firsts + tl.sum(parts_before, 0)
+    begin, end = _segment(segment, choices, SEGMENTS, CHUNK)
+    for start in range(begin, end, CHUNK):
+        is_there = start + i < end
+        chosen = tl.load(experts + start + i, mask=is_there, other=0).to(tl.int32)
+        is_earlier = (i[:, None] < i[None, :]) & (chosen[:, None] == chosen[None, :])
+        row = tl.gather(next_rows, chosen, 0) + tl.sum(is_earlier.to(tl.int32), 0)
+        tl.store(rows + row, start + i, mask=is_there)
+        next_rows += tl.histogram(chosen, COUNT, is_there)
+    for expert in range(segment, count, SEGMENTS):
+        first = tl.sum(tl.where(e == expert, firsts, 0), 0)
+        own = tl.sum(tl.where(e == expert, owns, 0), 0)
+        last = first + (own + size - 1) // size * size
+        for gap in range(first + own, last, 32):
+            missing = gap + tl.arange(0, 32)
+            tl.store(rows + missing, choices + tl.zeros_like(missing), mask=missing < last)
+        for block in range(first // size, last // size):
+            tl.store(of_block + block, expert)
+    if segment == 0:
+        tl.store(used, tl.sum(padded, 0))
+
+
+@triton.jit
+def _segment(segment, choices, segments, CHUNK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Return where the choices of ``segment`` begin and end: all have as many whole chunks."""
+    length = tl.cdiv(tl.cdiv(choices, segments), CHUNK) * CHUNK
+    begin = segment * length
+    return begin, tl.minimum(begin + length, choices)
 
 
 @triton.jit
