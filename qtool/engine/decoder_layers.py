@@ -35,6 +35,8 @@ from qtool.engine.joined import (
     side_by_side,
 )
 from qtool.engine.norms import Codes, Norm, NotFused, Sum, add_norm, rounded
+from qtool.runtime.experts.grouped import ExpertsStandIn, GroupedExperts
+from qtool.runtime.experts.routing import Shared
 from qtool.runtime.kernels import current
 
 Activation = Literal["silu", "gelu_tanh"]
@@ -111,7 +113,7 @@ class FusedLayer(nn.Module):
             Norm.of(layer.get_submodule(name)) if name else None for name in layout
         )
         mlp = layer.get_submodule(mlp_name)
-        self.mlp = GatedMLP.of(mlp) or Unfused(_with_gated_mlps(mlp))
+        self.mlp = GatedMLP.of(mlp) or Mixture.of(mlp) or Unfused(_with_gated_mlps(mlp))
         # Granite's
         self.factor = float(getattr(layer, "residual_multiplier", 1.0))
 
@@ -245,6 +247,44 @@ class GatedMLP(nn.Module):
             codes_of(self.down),
         )
         return multiply(self.down, inner, scale)
+
+
+class Mixture(nn.Module):
+    """Packed experts and one for all tokens, whose gate says how much of it is added to them."""
+
+    codes: Codes | None = None
+
+    def __init__(
+        self, router: nn.Module, experts: nn.Module, shared: GatedMLP, shared_gate: nn.Module
+    ) -> None:
+        super().__init__()
+        self.router = router
+        self.experts = experts
+        self.shared = shared
+        self.shared_gate = shared_gate
+
+    @classmethod
+    def of(cls, mlp: nn.Module) -> Mixture | None:
+        """Return ``mlp`` as one, None when it is made of other parts."""
+        try:
+            check_parts(mlp, {"gate", "experts", "shared_expert", "shared_expert_gate"})
+        except NotFused:
+            return None
+        router, experts, member, gate = (
+            mlp.get_submodule(name)
+            for name in ("gate", "experts", "shared_expert", "shared_expert_gate")
+        )
+        shared = GatedMLP.of(member)
+        if shared is None or not isinstance(experts, GroupedExperts | ExpertsStandIn):
+            return None
+        return cls(router, experts, shared, gate)
+
+    def forward(self, x: Tensor, *_: object) -> Tensor:
+        """Return the outputs [T, H] of ``x`` [T, H]."""
+        shared = Shared(self.shared(x), self.shared_gate(x))
+        _, weights, chosen = self.router(x)
+        y: Tensor = self.experts(x, chosen, weights, shared)
+        return y
 
 
 def gated(

@@ -40,7 +40,7 @@ from qtool.engine.routers import fuse_routers
 from qtool.errors import one_line
 from qtool.runtime.causal_lm import CausalLM, Decoder
 from qtool.runtime.compiling import compile_in_parallel
-from qtool.runtime.experts.grouped import GroupedExperts
+from qtool.runtime.experts.grouped import ExpertsStandIn, GroupedExperts
 from qtool.runtime.kernels import current
 from qtool.runtime.linear import FusedLinear, QuantizedLinear, SharedInput
 
@@ -234,16 +234,6 @@ class StandIn(nn.Module):
         one, other = ((n * step + 3) % self.in_features for step in (7919, 104729))
         factors = (n % 13 - 6).to(x.dtype) / 8, (n % 7 - 3).to(x.dtype) / 4
         return x[..., one] * factors[0] + x[..., other] * factors[1]
-
-
-class ExpertsStandIn(nn.Module):
-    """In place of packed experts while a decoder layer is compared: which experts a token has does
-    not matter, as that changes at the least difference.
-    """
-
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """Return the hidden states [T, H] times the sum of the weights [T, top_k]."""
-        return hidden_states * top_k_weights.sum(-1, keepdim=True).to(hidden_states.dtype)
 
 
 @contextmanager

@@ -78,6 +78,11 @@ FUSED = {
         **{"n_routed_experts": 4, "moe_intermediate_size": 32, "num_experts_per_tok": 2},
         **{"use_qk_norm": True, "head_dim": 16},
     },
+    # experts beside an MLP for all tokens, which has a gate
+    "Qwen2Moe": {
+        **{"num_experts": 4, "moe_intermediate_size": 32, "num_experts_per_tok": 2},
+        "shared_expert_intermediate_size": 64,
+    },
     "Starcoder2": {},  # LayerNorms with a bias, and another MLP
     # latents in place of keys and values; experts beside an MLP for all tokens
     "DeepseekV2": LATENTS | {"topk_method": "greedy", "q_lora_rank": None},
@@ -252,7 +257,7 @@ def test_plain_weights_become_one_matrix_and_take_no_more_memory():
     assert not any(name.endswith("q_proj.weight") for name, _ in model.named_parameters())
 
 
-@pytest.mark.parametrize("name", ["DeepseekV3", "Glm4Moe"])
+@pytest.mark.parametrize("name", ["DeepseekV3", "Glm4Moe", "Qwen2Moe"])
 def test_packed_experts_beside_shared_ones_are_fused(name, tmp_path):
     """Their outputs are large: the comparison of whole models leaves them out on both sides."""
     from qtool.runtime.load import load
@@ -264,8 +269,14 @@ def test_packed_experts_beside_shared_ones_are_fused(name, tmp_path):
     model = load(tmp_path, device="cpu", quantization="fp8wo")
     model.set_attn_implementation("qtool")
     keep_latents(model)
-    assert isinstance(model.model.layers[1].mlp.experts, GroupedExperts)
+    mlp = model.model.layers[1].mlp
+    assert isinstance(mlp.experts, GroupedExperts)
     assert fuse(model)
+    x = torch.randn(9, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    expected = mlp(x[None])[0]
+    own = model.model.layers[1].mlp
+    assert isinstance(own, fused.Mixture) == (name == "Qwen2Moe")
+    assert distance(own(x), expected) <= 1e-2
 
 
 @pytest.mark.filterwarnings("ignore:.*are dequantized at every step")

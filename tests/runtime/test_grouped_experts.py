@@ -35,7 +35,7 @@ def test_the_native_kernel_rounds_inputs_as_each_expert_does(case):
 @pytest.mark.parametrize(
     "case",
     [
-        {"gate": "clamped", "has_bias": True, "tokens": 300},
+        {"gate": "clamped", "has_bias": True, "tokens": 300, "has_shared": True},
         {"gate": "gelu", "experts": 5, "hidden": 320, "inner": 192, "tokens": 70, "top_k": 3},
         {"tokens": 1, "top_k": 1, "experts": 2},
         {"tokens": 40, "crowded": True},
@@ -114,7 +114,7 @@ def test_the_triton_kernels_compile_for_hopper(run_here):
 
 FEW = (
     {"scheme": "FP8_DYNAMIC", "experts": 4, "hidden": 128, "inner": 64},
-    {"scheme": "W4A16", "gate": "clamped", "experts": 4, "has_bias": True},
+    {"scheme": "W4A16", "gate": "clamped", "experts": 4, "has_bias": True, "has_shared": True},
     {"scheme": "Q4_K", "experts": 4, "hidden": 256, "inner": 256},
 )
 ALL = (

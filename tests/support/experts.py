@@ -15,6 +15,7 @@ from qtool.formats.layout import QuantizedModule
 from qtool.runtime.experts import reference
 from qtool.runtime.experts.gates import Gate
 from qtool.runtime.experts.grouped import ExpertsKernel, ExpertsSpec, ExpertWeights
+from qtool.runtime.experts.routing import Shared
 from qtool.runtime.join import scaled_by_row
 from qtool.runtime.kernels import LinearSpec, with_channel_scales
 from qtool.scheme import SCHEMES
@@ -64,6 +65,8 @@ class Case:
     has_bias: bool = False
     crowded: bool = False
     """Whether all tokens have the first expert."""
+    has_shared: bool = False
+    """Whether there is an expert for all tokens as well."""
     dtype: torch.dtype = torch.bfloat16
     device: str = "cpu"
 
@@ -114,6 +117,15 @@ class Case:
         weights, experts = scores.topk(self.top_k, -1)
         return x, experts, weights.softmax(-1).to(self.dtype)
 
+    def shared(self) -> Shared | None:
+        """Return what an expert for all tokens gives."""
+        if not self.has_shared:
+            return None
+        generator = torch.Generator(self.device).manual_seed(2)
+        shapes = (self.tokens, self.hidden), (self.tokens, 1)
+        drawn = (torch.randn(shape, generator=generator, device=self.device) for shape in shapes)
+        return Shared(*(values.to(self.dtype) for values in drawn))
+
     def error(self, kernel: ExpertsKernel) -> float:
         """Return how far ``kernel`` is from the definition in f32, relative; what lies between the
         products is rounded as models round it.
@@ -123,7 +135,7 @@ class Case:
         exact = replace(spec, gate=replace(spec.gate, own=lambda x: own(x.to(self.dtype)).float()))
         plain = reference.pack(spec, weights)
         packed = kernel.pack(spec, weights)
-        x, experts, factors = self.inputs()
-        expected = reference.apply(exact, x.float(), experts, factors, plain).double()
-        found = kernel.apply(spec, x, experts, factors, packed).double()
+        (x, *chosen), shared = self.inputs(), self.shared()
+        expected = reference.apply(exact, x.float(), *chosen, plain, shared).double()
+        found = kernel.apply(spec, x, *chosen, packed, shared).double()
         return float((found - expected).norm() / expected.norm())

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from typing import Protocol, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qtool.runtime.experts.gates import Gate
+from qtool.runtime.experts.routing import Shared, add_shared
 from qtool.runtime.kernels import Device, LinearSpec, current, no_offset
 from qtool.runtime.packed import PackedModule
 from qtool.scheme import Scheme
@@ -69,6 +70,7 @@ class ExpertsKernel(Protocol):
         experts: Tensor,
         weights: Tensor,
         packed: Mapping[str, Tensor],
+        shared: Shared | None = None,
     ) -> Tensor:
         """Return for each token the sum of what its experts make of it, times their weights.
 
@@ -78,6 +80,7 @@ class ExpertsKernel(Protocol):
             experts: of each token, [T, top_k], contiguous.
             weights: of these, [T, top_k], contiguous.
             packed: from `pack`.
+            shared: what is added to it.
         Returns: [T, N].
         """
 
@@ -121,9 +124,15 @@ class GroupedExperts(PackedModule):
         """The scheme of each matrix, two of each expert."""
         return (self.spec.up.scheme, self.spec.down.scheme) * self.spec.count
 
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    def forward(
+        self,
+        hidden_states: Tensor,
+        top_k_index: Tensor,
+        top_k_weights: Tensor,
+        shared: Shared | None = None,
+    ) -> Tensor:
         """Return the sum of the experts of each token, [T, N], from inputs [T, K], the experts
-        [T, top_k] of each token, and their weights.
+        [T, top_k] of each token, and their weights; ``shared`` is added to it.
         """
         if not hidden_states.shape[0]:
             return hidden_states.new_empty(0, self.spec.down.shape[0])
@@ -134,6 +143,7 @@ class GroupedExperts(PackedModule):
             top_k_weights.contiguous(),
             [self._buffers[name] for name in self._names],
             self._call,
+            *(shared or ()),
         )
         return y.to(hidden_states.dtype)
 
@@ -143,6 +153,25 @@ class GroupedExperts(PackedModule):
         schemes = " and ".join(sorted({scheme.name for scheme in self.schemes}))
         sizes = f"{up.shape[1]} -> {down.shape[1]}"
         return f"{self.spec.count} x ({sizes}), {schemes}, {self.kernel}"
+
+
+class ExpertsStandIn(nn.Module):
+    """In place of packed experts while a decoder layer is compared: which experts a token has does
+    not matter, as that changes at the least difference.
+    """
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        top_k_index: Tensor,
+        top_k_weights: Tensor,
+        shared: Shared | None = None,
+    ) -> Tensor:
+        """Return the hidden states [T, H] times the sum of the weights [T, top_k], with ``shared``
+        added.
+        """
+        total = hidden_states * top_k_weights.sum(-1, keepdim=True).to(hidden_states.dtype)
+        return add_shared(total.float(), shared).to(hidden_states.dtype)
 
 
 @dataclass(frozen=True)
@@ -158,23 +187,37 @@ class _Call:
 _CALLS: list[_Call] = []
 _LIBRARY = torch.library.Library("qtool", "FRAGMENT")  # type: ignore[no-untyped-call]
 _LIBRARY.define(
-    "experts(Tensor x, Tensor experts, Tensor weights, Tensor[] packed, int call) -> Tensor"
+    "experts(Tensor x, Tensor experts, Tensor weights, Tensor[] packed, int call, "
+    "Tensor? shared=None, Tensor? gate=None) -> Tensor"
 )  # type: ignore[no-untyped-call]
 
 
 @torch.no_grad()
 def _experts(
-    x: Tensor, experts: Tensor, weights: Tensor, packed: Sequence[Tensor], call: int
+    x: Tensor,
+    experts: Tensor,
+    weights: Tensor,
+    packed: Sequence[Tensor],
+    call: int,
+    shared: Tensor | None = None,
+    gate: Tensor | None = None,
 ) -> Tensor:
     known = _CALLS[call]
     tensors = dict(zip(known.names, packed, strict=True))
     with current(x.device):
         kernel = load_experts_kernel(known.kernel)
-        return kernel.apply(known.spec, x, experts, weights, tensors)
+        both = None if shared is None or gate is None else Shared(shared, gate)
+        return kernel.apply(known.spec, x, experts, weights, tensors, both)
 
 
 def _fake_experts(
-    x: Tensor, experts: Tensor, weights: Tensor, packed: Sequence[Tensor], call: int
+    x: Tensor,
+    experts: Tensor,
+    weights: Tensor,
+    packed: Sequence[Tensor],
+    call: int,
+    shared: Tensor | None = None,
+    gate: Tensor | None = None,
 ) -> Tensor:
     return x.new_empty(x.shape[0], _CALLS[call].spec.down.shape[0])
 

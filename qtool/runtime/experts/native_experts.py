@@ -12,6 +12,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from qtool.runtime.c_library import workspace
 from qtool.runtime.experts.grouped import ExpertsSpec, ExpertWeights
 from qtool.runtime.experts.packing import input_scales, scales_of_rows, unsupported_inputs
+from qtool.runtime.experts.routing import Shared, add_shared
 from qtool.runtime.kernels import Device, LinearSpec, native
 from qtool.weight import QuantizedWeight, fake_quantize_input
 
@@ -61,6 +62,7 @@ def apply(
     experts: Tensor,
     weights: Tensor,
     packed: Mapping[str, Tensor],
+    shared: Shared | None = None,
 ) -> Tensor:
     """Multiply the tokens of all experts, apply the gate between, and add up in f32."""
     top_k = experts.shape[1]
@@ -76,7 +78,8 @@ def apply(
     y = _product(spec.down, "down", inner, sorted_experts, chosen, packed)
     parts = y.float() * weights.reshape(-1, 1)[order].float()
     in_place = torch.empty_like(parts).index_copy_(0, order, parts)
-    return in_place.view(-1, top_k, y.shape[1]).sum(1).to(x.dtype)
+    total = in_place.view(-1, top_k, y.shape[1]).sum(1)
+    return add_shared(total, shared).to(x.dtype)
 
 
 def _product(

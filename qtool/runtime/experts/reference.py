@@ -13,6 +13,7 @@ from torch import Tensor
 
 from qtool.runtime.experts.grouped import ExpertsSpec, ExpertWeights
 from qtool.runtime.experts.packing import part
+from qtool.runtime.experts.routing import Shared, add_shared
 from qtool.runtime.kernels import Device, LinearSpec
 from qtool.runtime.kernels import reference as linear
 
@@ -39,6 +40,7 @@ def apply(
     experts: Tensor,
     weights: Tensor,
     packed: Mapping[str, Tensor],
+    shared: Shared | None = None,
 ) -> Tensor:
     """Multiply the tokens of each expert, and add up in f32."""
     total = x.new_zeros(x.shape[0], spec.down.shape[0], dtype=torch.float32)
@@ -48,7 +50,7 @@ def apply(
             inner = spec.gate.own(_product(spec.up, "up", expert, x[tokens], packed))
             y = _product(spec.down, "down", expert, inner, packed)
             total.index_add_(0, tokens, y.float() * weights[tokens, choices, None].float())
-    return total.to(x.dtype)
+    return add_shared(total, shared).to(x.dtype)
 
 
 def _product(

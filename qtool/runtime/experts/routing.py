@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,6 +34,22 @@ class Blocks:
     def of_own_rows(self) -> Blocks:
         """Return the same blocks for an input with a row for each choice."""
         return replace(self, top_k=1)
+
+
+class Shared(NamedTuple):
+    """What an expert for all tokens gives."""
+
+    y: Tensor
+    """Its outputs, [T, N]."""
+    gate: Tensor
+    """[T, 1]; the sigmoid says how much of them is added."""
+
+
+def add_shared(total: Tensor, shared: Shared | None) -> Tensor:
+    """Return ``total``, f32 [T, N], with ``shared`` added."""
+    if shared is None:
+        return total
+    return total + shared.gate.float().sigmoid() * shared.y.float()
 
 
 def most_blocks(choices: int, count: int, size: int) -> int:

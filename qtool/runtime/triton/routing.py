@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qtool.runtime.experts.routing import Blocks, most_blocks
+from qtool.runtime.experts.routing import Blocks, Shared, most_blocks
 from qtool.runtime.experts.rules import RoutingRule
 from qtool.runtime.triton.tiles import start_early
 
@@ -125,12 +125,15 @@ def _sort_many(experts: Tensor, count: int, blocks: Blocks, *, pdl: bool) -> Non
     )
 
 
-def add_up(y: Tensor, weights: Tensor, *, pdl: bool = False) -> Tensor:
+def add_up(
+    y: Tensor, weights: Tensor, shared: Shared | None = None, *, pdl: bool = False
+) -> Tensor:
     """Return for each token the sum of the outputs of its experts, [T, N], times their weights.
 
     Args:
         y: the outputs, [T * top_k, N], contiguous.
         weights: of the experts of each token, [T, top_k], contiguous.
+        shared: what is added to it, as `add_shared` does.
         pdl: whether to start while the kernel before ends.
     """
     (tokens, top_k), width = weights.shape, y.shape[1]
@@ -138,6 +141,8 @@ def add_up(y: Tensor, weights: Tensor, *, pdl: bool = False) -> Tensor:
     _add_up[(tokens, triton.cdiv(width, TILE))](
         y=y,
         weights=weights,
+        shared=shared.y.contiguous() if shared else None,
+        gate=shared.gate.contiguous() if shared else None,
         out=out,
         N=width,
         TOP_K=top_k,
@@ -344,6 +349,8 @@ def _segment(segment, choices, segments, CHUNK: tl.constexpr):  # type: ignore[n
 def _add_up(  # type: ignore[no-untyped-def]
     y,
     weights,
+    shared,
+    gate,
     out,
     N,
     TOP_K: tl.constexpr,
@@ -358,6 +365,9 @@ def _add_up(  # type: ignore[no-untyped-def]
         weight = tl.load(weights + token * TOP_K + choice).to(tl.float32)
         part = tl.load(y + (token * TOP_K + choice) * N + n, mask=n < N, other=0.0)
         total += weight * part.to(tl.float32)
+    if shared is not None:
+        weight = tl.sigmoid(tl.load(gate + token).to(tl.float32))
+        total += weight * tl.load(shared + token * N + n, mask=n < N, other=0.0).to(tl.float32)
     tl.store(out + token * N + n, total.to(out.dtype.element_ty), mask=n < N)
 
 
