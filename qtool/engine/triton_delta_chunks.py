@@ -74,6 +74,8 @@ def add_chunks(
     _solve[(heads, triton.cdiv(packed.longest, TOGETHER), chunks)](
         b=b,
         a=a,
+        stride_b=b.stride(0),
+        stride_a=a.stride(0),
         decay=weights.decay,
         dt_bias=weights.dt_bias,
         V_PADDED=max(16, triton.next_power_of_2(shape.value_width)),
@@ -90,6 +92,7 @@ def add_chunks(
         out=out,
         rows=packed.rows,
         positions=packed.positions,
+        stride_x=qkv.stride(0),
         INPUTS=states.conv_state.shape[1],
         VALUES=width,
         STAGES=STAGES if is_hopper(mixed.device) and not is_wide else 1,
@@ -112,6 +115,8 @@ def _solve(  # type: ignore[no-untyped-def]
     scales,
     starts,
     decodes,
+    stride_b,
+    stride_a,
     C: tl.constexpr,
     SHARED: tl.constexpr,
     KEYS: tl.constexpr,
@@ -145,9 +150,11 @@ def _solve(  # type: ignore[no-untyped-def]
     is_key, is_value = exists[:, None] & (i < K)[None, :], exists[:, None] & (j < V)[None, :]
     of_token = mixed + token[:, None] * C
     of_key = of_token + (head // SHARED * K + i)[None, :]
-    rate = tl.load(b + own, mask=exists, other=0.0).to(tl.float32)
+    rate = tl.load(b + token * stride_b + head, mask=exists, other=0.0).to(tl.float32)
     rate = tl.where(exists, tl.sigmoid(rate), 0.0)
-    logs = log_decay(tl.load(a + own, mask=exists, other=0.0), decay, dt_bias, head)
+    logs = log_decay(
+        tl.load(a + token * stride_a + head, mask=exists, other=0.0), decay, dt_bias, head
+    )
     logs = tl.where(exists, logs, 0.0)
     total = tl.cumsum(logs, 0)
     last = tl.sum(logs, 0)
@@ -235,6 +242,7 @@ def _add_chunks(  # type: ignore[no-untyped-def]
     rows,
     positions,
     decodes,
+    stride_x,
     C: tl.constexpr,
     INPUTS: tl.constexpr,
     KEPT: tl.constexpr,
@@ -271,6 +279,7 @@ def _add_chunks(  # type: ignore[no-untyped-def]
         part,
         i,
         j,
+        stride_x,
         C,
         INPUTS,
         KEPT,

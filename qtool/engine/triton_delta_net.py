@@ -9,7 +9,6 @@ once, so that a graph of a fixed number of tokens serves sequences with any numb
 # ruff: noqa: N803 (constants of a Triton kernel are written in capitals)
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -37,7 +36,8 @@ def mix(
     packed: Packed,
 ) -> Tensor:
     """Do what `delta_rule.mix` does, with its shapes."""
-    qkv, b, a = qkv.contiguous(), b.contiguous(), a.contiguous()
+    # often columns of what one product gave for all
+    qkv, b, a = (each if each.stride(1) == 1 else each.contiguous() for each in (qkv, b, a))
     shape = weights.shape
     out = qkv.new_empty(len(qkv), shape.value_heads, shape.value_width)
     mixed, behind = _launch_convolution(qkv, weights.conv, states, packed)
@@ -58,6 +58,9 @@ def mix(
             drafted=states.drafted,
             behind=behind,
             decodes=packed.decodes,
+            stride_x=qkv.stride(0),
+            stride_b=b.stride(0),
+            stride_a=a.stride(0),
             C=qkv.shape[1],
             INPUTS=states.conv_state.shape[1],
             **kept_channels(qkv, shape, parts),
@@ -84,7 +87,7 @@ def _launch_convolution(
     still to be added to the matrix of its sequence, int32 [decodes].
     """
     channels = qkv.shape[1]
-    mixed = torch.empty_like(qkv)
+    mixed = qkv.new_empty(qkv.shape)
     behind = packed.rows.new_empty(packed.decodes)
     longest = packed.longest if packed.starts is not None else 1
     grid = _sequences(packed), triton.cdiv(channels, CHANNELS), triton.cdiv(longest, TOKENS)
@@ -99,6 +102,7 @@ def _launch_convolution(
         rows=packed.rows,
         positions=packed.positions,
         decodes=packed.decodes,
+        stride_x=qkv.stride(0),
         C=channels,
         KERNEL=conv_weight.shape[1],
         INPUTS=states.conv_state.shape[1],
@@ -133,6 +137,7 @@ def _inputs(  # type: ignore[no-untyped-def]
     inside,
     row,
     position,
+    stride_x,
     C: tl.constexpr,
     INPUTS: tl.constexpr,
     DRAFTS: tl.constexpr,
@@ -146,7 +151,7 @@ def _inputs(  # type: ignore[no-untyped-def]
     if DRAFTS:  # a draft follows tokens of its own step
         exists = (index < 0) & (token >= 0)
         is_here |= _is_at(rows, positions, token, exists, row, position + index)
-    here = tl.load(x + token.to(tl.int64) * C + c, mask=inside & is_here, other=0.0)
+    here = tl.load(x + token.to(tl.int64) * stride_x + c, mask=inside & is_here, other=0.0)
     is_before = (position + index >= 0) & (is_here == 0)
     before = tl.load(
         state + (position + index) % INPUTS * C + c, mask=inside & is_before, other=0.0
@@ -166,6 +171,7 @@ def _convolve(  # type: ignore[no-untyped-def]
     rows,
     positions,
     decodes,
+    stride_x,
     C: tl.constexpr,
     KERNEL: tl.constexpr,
     INPUTS: tl.constexpr,
@@ -197,6 +203,7 @@ def _convolve(  # type: ignore[no-untyped-def]
             inside,
             row,
             position,
+            stride_x,
             C,
             INPUTS,
             DRAFTS,
@@ -234,6 +241,9 @@ def _decode(  # type: ignore[no-untyped-def]
     drafted,
     behind,
     decodes,
+    stride_x,
+    stride_b,
+    stride_a,
     C: tl.constexpr,
     INPUTS: tl.constexpr,
     KEPT: tl.constexpr,
@@ -275,6 +285,7 @@ def _decode(  # type: ignore[no-untyped-def]
         part,
         i,
         j,
+        stride_x,
         C,
         INPUTS,
         KEPT,
@@ -299,8 +310,8 @@ def _decode(  # type: ignore[no-untyped-def]
         q = tl.load(keys, mask=i < K, other=0.0).to(tl.float32)
         k = tl.load(keys + KEYS, mask=i < K, other=0.0)
         v = tl.load(mixed + at * C + 2 * KEYS + head * V + j, mask=j < V, other=0.0)
-        rate = tl.load(b + at * heads + head)
-        decayed = tl.load(a + at * heads + head)
+        rate = tl.load(b + at * stride_b + head)
+        decayed = tl.load(a + at * stride_a + head)
         logs = log_decay(decayed, decay, dt_bias, head)
         state = _add_token(state, k, v, rate, logs, EPSILON)
         q *= tl.rsqrt(tl.sum(q * q, 0) + EPSILON) * K**-0.5

@@ -56,6 +56,7 @@ def begin(  # type: ignore[no-untyped-def]
     part,
     i,
     j,
+    stride_x,
     C: tl.constexpr,
     INPUTS: tl.constexpr,
     KEPT: tl.constexpr,
@@ -68,7 +69,7 @@ def begin(  # type: ignore[no-untyped-def]
     """
     first = (head * tl.num_programs(2) + part) * KEPT
     conv += row * (C * INPUTS)
-    _keep_inputs(x, conv, begin, end, position, first, C, INPUTS, KEPT, KEPT_PADDED)
+    _keep_inputs(x, conv, begin, end, position, first, stride_x, C, INPUTS, KEPT, KEPT_PADDED)
     pointers = matrix + ((row * tl.num_programs(1) + head) * K + i[:, None]) * V + j[None, :]
     inside = (i < K)[:, None] & (j < V)[None, :]
     return pointers, inside, tl.load(pointers, mask=inside & (position > 0), other=0.0)
@@ -82,6 +83,7 @@ def _keep_inputs(  # type: ignore[no-untyped-def]
     end,
     position,
     first,
+    stride_x,
     C: tl.constexpr,
     INPUTS: tl.constexpr,
     KEPT: tl.constexpr,
@@ -91,8 +93,8 @@ def _keep_inputs(  # type: ignore[no-untyped-def]
     n = tl.arange(0, KEPT_PADDED)
     c = first + n
     inside = (n < KEPT) & (c < C)
-    x += begin.to(tl.int64) * C
+    x += begin.to(tl.int64) * stride_x
     count = end - begin
     for index in range(tl.maximum(0, count - INPUTS), count):
-        value = tl.load(x + index * C + c, mask=inside)
+        value = tl.load(x + index * stride_x + c, mask=inside)
         tl.store(state + (position + index) % INPUTS * C + c, value, mask=inside)

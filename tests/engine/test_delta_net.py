@@ -193,13 +193,19 @@ def moved_to(device: str, states: RecurrentStates) -> RecurrentStates:
     return RecurrentStates(*(part.clone().to(device) for part in parts))
 
 
+def columns_of_more(x: Tensor, device: str) -> Tensor:
+    """``x`` as the product of several layers at once has it."""
+    return torch.cat((torch.full_like(x, torch.nan), x), dim=1).to(device)[:, x.shape[1] :]
+
+
 def on_device(device: str):
     """`mix` of the kernels, of arguments that are still on the host."""
     from qtool.engine import triton_delta_net
 
     def mix(qkv, b, a, weights, states, packed):
         moved = {part: getattr(weights, part).to(device) for part in ("conv", "decay", "dt_bias")}
-        there = [*(each.to(device) for each in (qkv, b, a)), replace(weights, **moved)]
+        parts = (columns_of_more(each, device) for each in (qkv, b, a))
+        there = [*parts, replace(weights, **moved)]
         for name in ("table", "rows", "positions", "starts"):
             part = getattr(packed, name)
             setattr(packed, name, None if part is None else part.to(device))
