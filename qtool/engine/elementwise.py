@@ -218,6 +218,30 @@ def gated(
     return out, scale
 
 
+def gate_heads(
+    x: Tensor, qkv: Tensor, at: int, heads: int, codes: Codes | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Do what `fused_attention.gate_heads` does."""
+    tokens, width = x.shape
+    out, scale = allocate_outputs(x, width, codes)
+    block = triton.next_power_of_2(width)
+    piece = block if codes else min(block, TILE)  # codes have a scale for all heads of a token
+    _gate_heads[(tokens, triton.cdiv(width, piece))](
+        x=x.contiguous(),
+        gates=qkv,
+        out=out,
+        scales=scale,
+        stride_gates_token=qkv.stride(0),
+        AT=at,
+        K=width,
+        D=width // heads,
+        FP8=codes == "fp8",
+        PIECE=piece,
+        **launch_options(x.device, piece),
+    )
+    return out, scale
+
+
 def allocate_outputs(x: Tensor, width: int, codes: Codes | None) -> tuple[Tensor, Tensor | None]:
     """Allocate [T, width] results or codes, and the scales of codes."""
     dtype = {None: x.dtype, "fp8": torch.float8_e4m3fn, "int8": torch.int8}[codes]
@@ -656,6 +680,37 @@ def _gate_times_up(gate, up, inside, SILU: tl.constexpr):  # type: ignore[no-unt
     kind: tl.constexpr = "swiglu" if SILU else "gelu_tanh"
     factor = tl.load(up, mask=inside, other=0.0)
     return gate_times_up(tl.load(gate, mask=inside, other=0.0), factor, kind)
+
+
+@triton.jit
+def _gate_heads(  # type: ignore[no-untyped-def]
+    x,
+    gates,
+    out,
+    scales,
+    stride_gates_token,
+    AT: tl.constexpr,
+    K: tl.constexpr,
+    D: tl.constexpr,
+    FP8: tl.constexpr,
+    PIECE: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    k = (tl.program_id(1) * PIECE + tl.arange(0, PIECE))[None, :]
+    inside = k < K
+    dtype: tl.constexpr = x.dtype.element_ty
+    start_early(PDL)
+    value = tl.load(x + token * K + k, mask=inside, other=0.0).to(tl.float32)
+    places = token * stride_gates_token + AT + k // D * (2 * D) + D + k % D
+    gate = tl.sigmoid(tl.load(gates + places, mask=inside, other=0.0).to(tl.float32))
+    result = (value * gate.to(dtype).to(tl.float32)).to(dtype)
+    if scales is not None:
+        result = result.to(tl.float32)
+        scale = scale_of(tl.max(tl.abs(result), 1, keep_dims=True), FP8)
+        tl.store(scales + token + tl.zeros((1, 1), tl.int32), scale)
+        result = codes_of(result, scale, FP8)
+    tl.store(out + token * K + k, result, mask=inside)
 
 
 @triton.jit

@@ -22,7 +22,7 @@ from qtool.engine.attention.interface import (
 )
 from qtool.engine.attention.pages import KVPages, LayerGeometry, Packed
 from qtool.engine.joined import Linear, check_parts, codes_of, multiply, side_by_side
-from qtool.engine.norms import Codes, Norm, NotFused
+from qtool.engine.norms import Codes, Norm, NotFused, rounded
 
 # Which channels rotate together, and where models keep the angle of pair ``i`` of ``n``.
 Angles = Literal[
@@ -155,13 +155,11 @@ class FusedAttention(nn.Module):
     def forward(self, x: Tensor, scale: Tensor | None, angles: PositionEmbeddings | None) -> Tensor:
         """Return the outputs [T, H] of ``x`` [T, H], or of its codes and their scales."""
         qkv = multiply(self.qkv, x, scale)
-        attended = self._attend(qkv, angles)
+        attended, scale = self._attend(qkv, angles), None
         if self.is_gated:
-            heads, width = self.geometry.heads, self.geometry.head_dim
-            both = qkv[:, self.at[0] : self.at[0] + 2 * heads * width].view(len(x), heads, -1)
-            attended = attended * both[..., width:].sigmoid().flatten(1)
-        y: Tensor = self.o_proj(attended)
-        return y
+            codes = codes_of(self.o_proj)
+            attended, scale = gate_heads(attended, qkv, self.at[0], self.geometry.heads, codes)
+        return multiply(self.o_proj, attended, scale)
 
     def _attend(self, qkv: Tensor, angles: PositionEmbeddings | None) -> Tensor:
         """Return the attention [T, heads * D] of queries, keys and values side by side."""
@@ -197,6 +195,21 @@ class FusedAttention(nn.Module):
             softcap=geometry.softcap,
             sinks=self.sinks,
         ).flatten(1)
+
+
+def gate_heads(
+    x: Tensor, qkv: Tensor, at: int, heads: int, codes: Codes | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Return ``x`` [T, heads * D] times the sigmoid of its gates, or its codes and their scales,
+    f32 [T, 1]. The gates of a head stand in ``qkv`` [T, ...] behind its queries, which begin at
+    ``at``.
+    """
+    if x.is_cuda:
+        from qtool.engine import elementwise
+
+        return elementwise.gate_heads(x, qkv, at, heads, codes)
+    gates = qkv[:, at : at + 2 * x.shape[1]].view(len(x), heads, 2, -1)[:, :, 1]
+    return rounded(x * gates.sigmoid().flatten(1), codes)
 
 
 def rotate_and_write(

@@ -437,13 +437,21 @@ def interpret() -> None:
     def compare_gated(dtype: torch.dtype, width: int, activation: str, piece: int) -> None:
         elementwise.PIECE = piece
         x, at = torch.randn(3, 2 * width + 10).to(dtype) * 3, (width + 5, 3)
-        expected, _ = fused.gated(x, at, width, activation)
+        compare_codes(dtype, fused.gated, x, at, width, activation)
+
+    def compare_gated_heads(dtype: torch.dtype, heads: int, width: int) -> None:
+        qkv = torch.randn(3, 2 * heads * width + 10).to(dtype) * 3
+        x = torch.randn(3, heads * width).to(dtype)
+        compare_codes(dtype, fused_attention.gate_heads, x, qkv, 5, heads)
+
+    def compare_codes(dtype: torch.dtype, function, *arguments) -> None:
+        expected, _ = function(*arguments)
         with taken_for_cuda():
-            result, _ = fused.gated(x, at, width, activation)
-        same(result, expected, dtype, ("gated", dtype, width, activation))
+            result, _ = function(*arguments)
+        same(result, expected, dtype, (function.__name__, dtype, *arguments))
         for codes in ("fp8", "int8"):
             with taken_for_cuda():
-                own, own_scale = fused.gated(x, at, width, activation, codes)
+                own, own_scale = function(*arguments, codes)
             wanted, wanted_scale = row_quantize.quantize_rows(result, codes)
             assert (
                 own.dtype == wanted.dtype
@@ -521,6 +529,8 @@ def interpret() -> None:
         for activation, (width, piece) in list(pieces)[index % 2 :: 2]:
             compare_gated(dtype, width, activation, piece)
             count += 1
+        compare_gated_heads(dtype, *((3, 40), (6, 256))[index % 2])
+        count += 1
         turning = (
             (6, 2, 64, 64, "head", False, dtype, "twice"),
             (5, 1, 80, 32, "", True, torch.float32, "once"),
@@ -558,6 +568,8 @@ def compile_all() -> None:
             x, weights = empty(8, width), (empty(width), None)
             elementwise.add_norm(x, x, weights, 1e-5, False, False, False, codes=codes)
             elementwise.gated(empty(8, 2 * inner), (0, inner), inner, "silu", codes)
+            queries, qkv = heads * head_dim, empty(8, 2 * heads * head_dim + 512)
+            elementwise.gate_heads(empty(8, queries), qkv, 0, heads, codes)
         for dtype, norms in (
             (torch.bfloat16, None),
             (torch.float8_e4m3fn, (empty(head_dim), empty(head_dim), 1e-6, False, False, False)),
