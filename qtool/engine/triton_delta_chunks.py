@@ -7,7 +7,7 @@ to state with four products for each step. Source: Yang et al. 2024, *Paralleliz
 Transformers with the Delta Rule over Sequence Length*, arXiv:2406.06484.
 """
 
-# ruff: noqa: N803, N806 (constants of a Triton kernel are written in capitals)
+# ruff: noqa: N803 (constants of a Triton kernel are written in capitals)
 from __future__ import annotations
 
 import torch
@@ -21,10 +21,8 @@ from qtool.engine.delta_rule import EPSILON, DeltaWeights
 from qtool.engine.triton_delta_state import ANY_VALUE, begin, bounds, kept_channels, log_decay
 
 TOGETHER = 64  # tokens of a step
-BLOCK = tl.constexpr(16)  # of them, whose system is solved row by row
 VALUES = 64  # of a head, in a program that goes from state to state
-SOLVE_WARPS = 4
-ADD_WARPS = 4
+WARPS = 4
 STAGES = 2  # of a program that goes from state to state, with numbers of 16 bits
 
 
@@ -49,14 +47,14 @@ def add_chunks(
     tokens, heads = b.shape
     chunks = packed.starts.numel() - 1
     keys = mixed.new_empty(tokens, heads, shape.key_width)
-    values = mixed.new_empty(tokens, heads, shape.value_width)
+    inverses = mixed.new_empty(tokens, heads, 2, TOGETHER)
     seen = mixed.new_empty(tokens, heads, TOGETHER)
     scales = b.new_empty(tokens, heads, 3, dtype=torch.float32)
     is_wide = mixed.dtype == torch.float32
     shared = {
         "mixed": mixed,
         "keys": keys,
-        "values": values,
+        "inverses": inverses,
         "seen": seen,
         "scales": scales,
         "starts": packed.starts,
@@ -66,23 +64,20 @@ def add_chunks(
         "KEYS": shape.key_heads * shape.key_width,
         "K": shape.key_width,
         "K_PADDED": max(16, triton.next_power_of_2(shape.key_width)),
-        "V": shape.value_width,
         "TOGETHER": TOGETHER,
         # numbers of 16 bits have fewer digits than tf32
         "PRECISION": "tf32x3" if is_wide else "tf32",
     }
-    _solve[(heads, triton.cdiv(packed.longest, TOGETHER), chunks)](
-        b=b,
-        a=a,
-        stride_b=b.stride(0),
-        stride_a=a.stride(0),
-        decay=weights.decay,
-        dt_bias=weights.dt_bias,
-        V_PADDED=max(16, triton.next_power_of_2(shape.value_width)),
-        EPSILON=EPSILON,
-        **shared,
-        num_warps=SOLVE_WARPS,
-    )
+    steps = heads, triton.cdiv(packed.longest, TOGETHER), chunks
+    alone = {
+        "a": a,
+        "stride_a": a.stride(0),
+        "decay": weights.decay,
+        "dt_bias": weights.dt_bias,
+        "EPSILON": EPSILON,
+    }
+    _solve[steps](b=b, stride_b=b.stride(0), **alone, **shared, num_warps=WARPS)
+    _look[steps](**alone, **shared, num_warps=WARPS)
     width = min(VALUES, max(16, triton.next_power_of_2(shape.value_width)))
     parts = triton.cdiv(shape.value_width, width)
     _add_chunks[(chunks, heads, parts)](
@@ -93,12 +88,13 @@ def add_chunks(
         rows=packed.rows,
         positions=packed.positions,
         stride_x=qkv.stride(0),
+        V=shape.value_width,
         INPUTS=states.conv_state.shape[1],
         VALUES=width,
         STAGES=STAGES if is_hopper(mixed.device) and not is_wide else 1,
         **kept_channels(qkv, shape, parts),
         **shared,
-        num_warps=ADD_WARPS,
+        num_warps=WARPS,
     )
 
 
@@ -110,7 +106,7 @@ def _solve(  # type: ignore[no-untyped-def]
     decay,
     dt_bias,
     keys,
-    values,
+    inverses,
     seen,
     scales,
     starts,
@@ -122,74 +118,109 @@ def _solve(  # type: ignore[no-untyped-def]
     KEYS: tl.constexpr,
     K: tl.constexpr,
     K_PADDED: tl.constexpr,
-    V: tl.constexpr,
-    V_PADDED: tl.constexpr,
     TOGETHER: tl.constexpr,
     EPSILON: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Write what a step of a head of a chunk needs, but for the state.
-
-    ``values`` [T, heads, V] is what the tokens would write if the state were zeros, ``keys``
-    [T, heads, K] what a state takes from that, ``seen`` [T, heads, TOGETHER] how much of what each
-    token writes each query sees. ``scales`` [T, heads, 3] multiply queries that read the state,
-    keys that write to it, and the state.
+    """Write what the tokens of a step of a head write: ``inverses`` [T, heads, 2, TOGETHER] times
+    the values, less ``keys`` [T, heads, K] times the state.
     """
-    head = tl.program_id(0)
-    heads = tl.num_programs(0)
+    head, heads = tl.program_id(0), tl.num_programs(0)
     begin, end = bounds(starts, decodes + tl.program_id(2), decodes)
     begin += tl.program_id(1) * TOGETHER
     if begin >= end:
         return
     n = tl.arange(0, TOGETHER)
     i = tl.arange(0, K_PADDED)
-    j = tl.arange(0, V_PADDED)
     exists = begin + n < end
     token = (begin + n).to(tl.int64)
     own = token * heads + head
-    is_key, is_value = exists[:, None] & (i < K)[None, :], exists[:, None] & (j < V)[None, :]
-    of_token = mixed + token[:, None] * C
-    of_key = of_token + (head // SHARED * K + i)[None, :]
+    is_key = exists[:, None] & (i < K)[None, :]
+    of_key = mixed + token[:, None] * C + (KEYS + head // SHARED * K + i)[None, :]
+    k = tl.load(of_key, mask=is_key, other=0.0)
+    k_scale = _inverse_norm(k, EPSILON)
     rate = tl.load(b + token * stride_b + head, mask=exists, other=0.0).to(tl.float32)
     rate = tl.where(exists, tl.sigmoid(rate), 0.0)
-    logs = log_decay(
-        tl.load(a + token * stride_a + head, mask=exists, other=0.0), decay, dt_bias, head
-    )
-    logs = tl.where(exists, logs, 0.0)
-    total = tl.cumsum(logs, 0)
-    last = tl.sum(logs, 0)
-    is_past = n[:, None] >= n[None, :]
-    since = tl.exp(tl.where(is_past, total[:, None] - total[None, :], float("-inf")))
+    total, _ = _decays(a + token * stride_a, decay, dt_bias, head, exists)
+    system = tl.dot(k, tl.trans(k), input_precision=PRECISION)
+    system *= _since(total, n) * (rate * k_scale)[:, None] * k_scale[None, :]
+    system = tl.where(n[:, None] > n[None, :], system, 0.0)
+    inverse = _inverse(system, TOGETHER, PRECISION) * rate[None, :]
+    of_inverse = inverses + own[:, None] * (2 * TOGETHER) + n[None, :]
+    high, low = _parts(inverse, inverses.dtype.element_ty)
+    tl.store(of_inverse, high, mask=exists[:, None])
+    tl.store(of_inverse + TOGETHER, low, mask=exists[:, None])
+    weight = (inverse * (k_scale * tl.exp(total))[None, :]).to(k.dtype)
+    result = tl.dot(weight, k, input_precision=PRECISION)
+    pointers = keys + own[:, None] * K + i[None, :]
+    tl.store(pointers, result.to(keys.dtype.element_ty), mask=is_key)
 
-    k = tl.load(of_key + KEYS, mask=is_key, other=0.0)
-    k_scale = _inverse_norm(k, EPSILON)
+
+@triton.jit(**ANY_VALUE)
+def _look(  # type: ignore[no-untyped-def]
+    mixed,
+    a,
+    decay,
+    dt_bias,
+    keys,
+    inverses,
+    seen,
+    scales,
+    starts,
+    decodes,
+    stride_a,
+    C: tl.constexpr,
+    SHARED: tl.constexpr,
+    KEYS: tl.constexpr,
+    K: tl.constexpr,
+    K_PADDED: tl.constexpr,
+    TOGETHER: tl.constexpr,
+    EPSILON: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Write how much the queries of a step of a head see of what its tokens write, ``seen``
+    [T, heads, TOGETHER], and what multiplies queries that read the state, keys that write to it,
+    and the state: ``scales`` [T, heads, 3].
+    """
+    head, heads = tl.program_id(0), tl.num_programs(0)
+    begin, end = bounds(starts, decodes + tl.program_id(2), decodes)
+    begin += tl.program_id(1) * TOGETHER
+    if begin >= end:
+        return
+    n = tl.arange(0, TOGETHER)
+    i = tl.arange(0, K_PADDED)
+    exists = begin + n < end
+    token = (begin + n).to(tl.int64)
+    own = token * heads + head
+    is_key = exists[:, None] & (i < K)[None, :]
+    of_key = mixed + token[:, None] * C + (head // SHARED * K + i)[None, :]
     q = tl.load(of_key, mask=is_key, other=0.0)
-    q_scale = _inverse_norm(q, EPSILON) * K**-0.5
-    alike = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-    alike *= since * q_scale[:, None] * k_scale[None, :]
-    tl.store(
-        seen + own[:, None] * TOGETHER + n[None, :],
-        alike.to(seen.dtype.element_ty),
-        mask=exists[:, None],
-    )
+    k = tl.load(of_key + KEYS, mask=is_key, other=0.0)
+    q_scale, k_scale = _inverse_norm(q, EPSILON) * K**-0.5, _inverse_norm(k, EPSILON)
+    total, last = _decays(a + token * stride_a, decay, dt_bias, head, exists)
+    weight = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    weight *= _since(total, n) * q_scale[:, None] * k_scale[None, :]
+    of_seen = seen + own[:, None] * TOGETHER + n[None, :]
+    tl.store(of_seen, weight.to(seen.dtype.element_ty), mask=exists[:, None])
     of_scale = scales + own * 3
     tl.store(of_scale, q_scale * tl.exp(total), mask=exists)
     tl.store(of_scale + 1, k_scale * tl.exp(last - total), mask=exists)
     tl.store(of_scale + 2, tl.exp(last) + tl.zeros_like(total), mask=exists)
 
-    system = tl.dot(k, tl.trans(k), input_precision=PRECISION)
-    system *= since * (rate * k_scale)[:, None] * k_scale[None, :]
-    system = tl.where(n[:, None] > n[None, :], system, 0.0)
-    inverse = _inverse(system, TOGETHER, PRECISION)
-    weight = (inverse * (rate * k_scale * tl.exp(total))[None, :]).to(k.dtype)
-    result = tl.dot(weight, k, input_precision=PRECISION)
-    pointers = keys + own[:, None] * K + i[None, :]
-    tl.store(pointers, result.to(keys.dtype.element_ty), mask=is_key)
-    v = tl.load(of_token + (2 * KEYS + head * V + j)[None, :], mask=is_value, other=0.0)
-    weight = (inverse * rate[None, :]).to(v.dtype)
-    result = tl.dot(weight, v, input_precision=PRECISION)
-    pointers = values + own[:, None] * V + j[None, :]
-    tl.store(pointers, result.to(values.dtype.element_ty), mask=is_value)
+
+@triton.jit
+def _decays(a, decay, dt_bias, head, exists):  # type: ignore[no-untyped-def]
+    """Return the logarithm of the decay up to each token of a step, and up to the last."""
+    logs = log_decay(tl.load(a + head, mask=exists, other=0.0), decay, dt_bias, head)
+    logs = tl.where(exists, logs, 0.0)
+    return tl.cumsum(logs, 0), tl.sum(logs, 0)
+
+
+@triton.jit
+def _since(total, n):  # type: ignore[no-untyped-def]
+    """Return the decay of what each token wrote until each later one."""
+    is_past = n[:, None] >= n[None, :]
+    return tl.exp(tl.where(is_past, total[:, None] - total[None, :], float("-inf")))
 
 
 @triton.jit
@@ -204,27 +235,32 @@ def _inverse(  # type: ignore[no-untyped-def]
 ):
     """Return the inverse of 1 + ``system``, of which only the part below the diagonal is not zero.
 
-    Blocks on the diagonal are inverted row by row. With their inverses B and the rest R that is
-    (1 + B R)^-1 B; powers of B R from the fourth on are zeros.
+    Blocks on the diagonal are inverted first: of 4 rows, then of 16, then all. With the inverses B
+    of smaller blocks, and the system R between them, larger ones have (1 + B R)^-1 B. Powers of B R
+    from the fourth on are zeros; sums of more would be of large numbers that cancel out.
     """
-    COUNT: tl.constexpr = TOGETHER // BLOCK
-    n = tl.arange(0, TOGETHER)
-    same_block = (n // BLOCK)[:, None] == (n // BLOCK)[None, :]
-    inner = tl.where(same_block, system, 0.0)
-    small = tl.sum(tl.reshape(inner, (COUNT, BLOCK, COUNT, BLOCK)), 2)
-    row = tl.arange(0, BLOCK)[None, :, None]
-    found = tl.where(row == tl.arange(0, BLOCK)[None, None, :], 1.0, 0.0)
-    found += tl.zeros((COUNT, BLOCK, BLOCK), tl.float32)
-    for index in range(1, BLOCK):
-        factors = tl.sum(tl.where(row == index, small, 0.0), 1)
-        taken = tl.sum(factors[:, :, None] * found, 1)
-        found -= tl.where(row == index, taken[:, None, :], 0.0)
-    blocks = found[:, :, None, :] + tl.zeros((COUNT, BLOCK, COUNT, BLOCK), tl.float32)
-    blocks = tl.where(same_block, tl.reshape(blocks, (TOGETHER, TOGETHER)), 0.0)
-    power = tl.dot(blocks, system - inner, input_precision=PRECISION)
+    apart = tl.arange(0, TOGETHER)[:, None] ^ tl.arange(0, TOGETHER)[None, :]
+    found = tl.where(apart == 0, 1.0, _alternating(tl.where(apart < 4, system, 0.0), PRECISION))
+    for level in tl.static_range(1, 3):
+        is_between = (apart >= 4**level) & (apart < 4 * 4**level)
+        power = tl.dot(found, tl.where(is_between, system, 0.0), input_precision=PRECISION)
+        rest = _alternating(power, PRECISION)
+        found += tl.dot(rest, found, input_precision=PRECISION)
+    return found
+
+
+@triton.jit
+def _alternating(power, PRECISION: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Return what (1 + N)^-1 has beside 1, for the ``power`` N whose fourth is zero."""
     square = tl.dot(power, power, input_precision=PRECISION)
-    rest = square - power - tl.dot(power, square, input_precision=PRECISION)
-    return blocks + tl.dot(rest, blocks, input_precision=PRECISION)
+    return square - power - tl.dot(power, square, input_precision=PRECISION)
+
+
+@triton.jit
+def _parts(x, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Return ``x``, f32, as two numbers of ``dtype``, which have its digits together."""
+    high = x.to(dtype)
+    return high, (x - high.to(tl.float32)).to(dtype)
 
 
 @triton.jit(**ANY_VALUE)
@@ -232,7 +268,7 @@ def _add_chunks(  # type: ignore[no-untyped-def]
     x,
     mixed,
     keys,
-    values,
+    inverses,
     seen,
     scales,
     conv,
@@ -294,7 +330,14 @@ def _add_chunks(  # type: ignore[no-untyped-def]
         is_key, is_value = exists[:, None] & (i < K)[None, :], exists[:, None] & (j < V)[None, :]
         of_key = mixed + token[:, None] * C + (head // SHARED * K + i)[None, :]
         taken = tl.load(keys + own[:, None] * K + i[None, :], mask=is_key, other=0.0)
-        new = tl.load(values + own[:, None] * V + j[None, :], mask=is_value, other=0.0)
+        of_inverse = inverses + own[:, None] * (2 * TOGETHER) + n[None, :]
+        inverse = tl.load(of_inverse, mask=exists[:, None], other=0.0)
+        rest = tl.load(of_inverse + TOGETHER, mask=exists[:, None], other=0.0)
+        v = tl.load(
+            mixed + token[:, None] * C + (2 * KEYS + head * V + j)[None, :],
+            mask=is_value,
+            other=0.0,
+        )
         q = tl.load(of_key, mask=is_key, other=0.0)
         k = tl.load(of_key + KEYS, mask=is_key, other=0.0)
         weight = tl.load(
@@ -304,11 +347,14 @@ def _add_chunks(  # type: ignore[no-untyped-def]
         k_scale = tl.load(scales + own * 3 + 1, mask=exists, other=0.0)
         kept = tl.load(scales + (start * heads + head) * 3 + 2)
         held = state.to(k.dtype)
-        written = new.to(tl.float32) - tl.dot(taken, held, input_precision=PRECISION)
+        new = tl.dot(inverse, v, input_precision=PRECISION)
+        new = tl.dot(rest, v, new, input_precision=PRECISION)
+        written = new - tl.dot(taken, held, input_precision=PRECISION)
         result = tl.dot(q, held, input_precision=PRECISION) * q_scale[:, None]
         result = tl.dot(weight, written.to(k.dtype), result, input_precision=PRECISION)
         pointers = out + own[:, None] * V + j[None, :]
         tl.store(pointers, result.to(out.dtype.element_ty), mask=is_value)
-        left = (written * k_scale[:, None]).to(k.dtype)
+        left, rest = _parts(written * k_scale[:, None], k.dtype)
         state = tl.dot(tl.trans(k), left, state * kept, input_precision=PRECISION)
+        state = tl.dot(tl.trans(k), rest, state, input_precision=PRECISION)
     tl.store(matrices, state, mask=inside)
