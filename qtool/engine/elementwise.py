@@ -702,8 +702,8 @@ def _gate_heads(  # type: ignore[no-untyped-def]
     dtype: tl.constexpr = x.dtype.element_ty
     start_early(PDL)
     value = tl.load(x + token * K + k, mask=inside, other=0.0).to(tl.float32)
-    places = token * stride_gates_token + AT + k // D * (2 * D) + D + k % D
-    gate = tl.sigmoid(tl.load(gates + places, mask=inside, other=0.0).to(tl.float32))
+    of_gate = gates + token * stride_gates_token + AT + k // D * (2 * D) + D + k % D
+    gate = tl.sigmoid(tl.load(of_gate, mask=inside, other=0.0).to(tl.float32))
     result = (value * gate.to(dtype).to(tl.float32)).to(dtype)
     if scales is not None:
         result = result.to(tl.float32)

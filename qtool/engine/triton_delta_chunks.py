@@ -237,7 +237,8 @@ def _inverse(  # type: ignore[no-untyped-def]
 
     Blocks on the diagonal are inverted first: of 4 rows, then of 16, then all. With the inverses B
     of smaller blocks, and the system R between them, larger ones have (1 + B R)^-1 B. Powers of B R
-    from the fourth on are zeros; sums of more would be of large numbers that cancel out.
+    from the fourth on are zeros; sums of more would be of large numbers that cancel out. A step of
+    Newton's method doubles the digits.
     """
     apart = tl.arange(0, TOGETHER)[:, None] ^ tl.arange(0, TOGETHER)[None, :]
     found = tl.where(apart == 0, 1.0, _alternating(tl.where(apart < 4, system, 0.0), PRECISION))
@@ -246,7 +247,9 @@ def _inverse(  # type: ignore[no-untyped-def]
         power = tl.dot(found, tl.where(is_between, system, 0.0), input_precision=PRECISION)
         rest = _alternating(power, PRECISION)
         found += tl.dot(rest, found, input_precision=PRECISION)
-    return found
+    missing = tl.where(apart == 0, 1.0, 0.0) - found
+    missing -= tl.dot(system, found, input_precision="tf32x3")
+    return found + tl.dot(found, missing, input_precision=PRECISION)
 
 
 @triton.jit

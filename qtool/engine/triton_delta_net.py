@@ -21,7 +21,7 @@ from qtool.engine.triton_delta_state import ANY_VALUE, begin, bounds, kept_chann
 from qtool.runtime.triton.row_quantize import codes_of, scale_of
 from qtool.runtime.triton.tiles import start_early
 
-CHANNELS = 64  # of a program of the convolution
+CHANNELS = 128  # of a program of the convolution
 TOKENS = 16  # of a program of the convolution
 VALUES = 32  # of a head, in a program that decodes
 HEAD_NUMBERS = 2048  # channels of all heads in a program of the norm, about

@@ -83,7 +83,7 @@ def sort_choices(experts: Tensor, count: int, size: int, *, pdl: bool = False) -
         of_block=of_block,
         used=used,
         choices=choices,
-        COUNT=triton.next_power_of_2(count + 1),
+        COUNT=triton.next_power_of_2(count),
         SIZE=size,
         CHUNK=chunk,
         PDL=pdl,
@@ -240,23 +240,16 @@ def _sort(  # type: ignore[no-untyped-def]
     e = tl.arange(0, COUNT)
     i = tl.arange(0, CHUNK)
     start_early(PDL)
-    counts = tl.zeros((COUNT,), tl.int32)
-    for start in range(0, choices, CHUNK):
-        # the last bin is for rows without a choice
-        chosen = tl.load(experts + start + i, mask=start + i < choices, other=COUNT - 1)
-        counts += tl.histogram(chosen.to(tl.int32), COUNT)
-    counts = tl.where(e < tl.num_programs(0), counts, 0)
+    is_there = i < choices
+    chosen = tl.load(experts + i, mask=is_there, other=0).to(tl.int32)
+    counts = tl.histogram(chosen, COUNT, is_there)
     padded = (counts + SIZE - 1) // SIZE * SIZE
     first = tl.sum(tl.where(e < expert, padded, 0), 0)
     own = tl.sum(tl.where(e == expert, counts, 0), 0)
-    next_row = first
-    for start in range(0, choices, CHUNK):
-        chosen = tl.load(experts + start + i, mask=start + i < choices, other=COUNT - 1)
-        mine = (chosen == expert).to(tl.int32)
-        tl.store(rows + next_row + tl.cumsum(mine, 0) - 1, start + i, mask=mine != 0)
-        next_row += tl.sum(mine, 0)
+    mine = ((chosen == expert) & is_there).to(tl.int32)
+    tl.store(rows + first + tl.cumsum(mine, 0) - 1, i, mask=mine != 0)
     end = first + (own + SIZE - 1) // SIZE * SIZE
-    missing = next_row + tl.arange(0, SIZE)
+    missing = first + own + tl.arange(0, SIZE)
     tl.store(rows + missing, choices + tl.zeros_like(missing), mask=missing < end)
     for block in range(first // SIZE, end // SIZE):
         tl.store(of_block + block, expert)
