@@ -3,7 +3,8 @@ chunks of a Llama-3.1-8B layer.
 
 ``OUT=dir python tests/benchmarks/attention.py --seconds 60``: candidates compile in parallel, by
 processes that do not touch the GPU. Decodes are timed in a CUDA graph, over layers enough to pass
-the L2 cache. What was found is also written to attention.json.
+the L2 cache; "only reading" is what it takes to read as many bytes. What was found is also written
+to attention.json.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[level]) for level in (0, 1, 2)]
@@ -31,6 +34,7 @@ from qtool.engine.attention import interface as attention  # noqa: E402
 from qtool.engine.attention import triton_paged  # noqa: E402
 from qtool.engine.attention.pages import PAGE, KVPages, Packed, new_counters  # noqa: E402
 from qtool.engine.attention.triton_paged import Tile  # noqa: E402
+from qtool.runtime.triton.tiles import start_early  # noqa: E402
 
 HEADS, KV_HEADS, HEAD_DIM, SCALING = 32, 8, 128, 128**-0.5
 BF16 = torch.bfloat16
@@ -261,6 +265,36 @@ def decode_candidates(batch: int, context: int) -> list[Tile]:
     return tiles
 
 
+@triton.jit
+def _read(x, out, blocks, BLOCK: tl.constexpr):  # noqa: N803
+    """Add blocks of ``x``; each is asked for while the one before it is added."""
+    start_early(True)
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    i = tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.int32)
+    found = tl.load(x + program * BLOCK + i, mask=i < (blocks - program) * BLOCK, other=0)
+    for block in range(program, blocks, programs):
+        added, next_block = found, block + programs
+        there = i < (blocks - next_block) * BLOCK
+        found = tl.load(x + next_block * BLOCK + i, mask=there, other=0)
+        total += added
+    tl.store(out + program, tl.sum(total, 0))
+
+
+def time_reading(size: int, copies: int) -> float:
+    """Return the microseconds that a kernel takes to read ``size`` bytes, and do little else."""
+    block, programs = 2048, 1056
+    layers = torch.zeros(copies, size // 4 // block * block, device=DEVICE, dtype=torch.int32)
+    out = torch.empty(programs, device=DEVICE, dtype=torch.int32)
+
+    def run() -> None:
+        for layer in layers:
+            blocks = layer.numel() // block
+            _read[(programs,)](layer, out, blocks, BLOCK=block, num_warps=8, launch_pdl=True)
+
+    return microseconds(run, replays=7) / copies
+
+
 def time_decode(
     batch: int,
     context: int,
@@ -315,7 +349,9 @@ def time_decode(
             if "CUDA error" in str(error):
                 sys.exit(f"the GPU is lost to {entry}")
         results.append(entry)
-    return results
+    us = time_reading(size, copies)
+    reading = {"tile": "only reading", "us": round(us, 2), "TB/s": round(size / us / 1e6, 2)}
+    return [*results, reading]
 
 
 PREFILL_TILES = [
