@@ -524,16 +524,18 @@ def test_no_masks_are_made_while_running():
 @pytest.mark.parametrize("most", [4096, 131072])
 def test_any_number_of_decodes_runs_kernels_that_the_graphs_compile(heads, fp8, most):
     pytest.importorskip("triton", reason="triton is for Linux only")
-    from qtool.engine.attention import triton_latent
+    from qtool.engine.attention import gluon_decode, triton_latent
     from qtool.engine.attention.triton_paged import decode_tile
+    from qtool.engine.config import MAX_RUNNING_REQUESTS
     from qtool.engine.cuda_graphs import DECODE_BUCKETS
 
     def kernels(sizes) -> set[object]:
+        sums = {gluon_decode.sum_tile(size, heads, 4, torch.device("meta")) for size in sizes}
         paged = (decode_tile(size * heads, most, 128, 2, fp8=fp8) for size in sizes)
         latent = (triton_latent.decode_tile(size * heads, most, 2) for size in sizes)
-        return {dataclasses.replace(tile, least=0) for tile in (*paged, *latent)}
+        return sums | {dataclasses.replace(tile, least=0) for tile in (*paged, *latent)}
 
-    assert kernels(range(1, DECODE_BUCKETS[-1] + 1)) == kernels(DECODE_BUCKETS)
+    assert kernels(range(1, MAX_RUNNING_REQUESTS + 1)) == kernels(DECODE_BUCKETS)
 
 
 @pytest.mark.exhaustive

@@ -11,6 +11,7 @@ import math
 import re
 import sys
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -136,14 +137,15 @@ def compile_decodes(compiled: list) -> None:
     def empty(*shape: int, dtype=torch.int32) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    for heads, kv_heads in DECODED_HEADS:
+    for (heads, kv_heads), tokens in product(DECODED_HEADS, (1, 2, 4, 8, 16, 64)):
         pages = empty(100, kv_heads, PAGE, 128, dtype=torch.float8_e4m3fn)
         q = empty(300, heads, 128, dtype=torch.bfloat16)
-        packed = Packed(empty(300, 512), empty(300), empty(300), 8)
+        packed = Packed(empty(300, 512), empty(300), empty(300), tokens)
         triton_paged.decode(q, KVPages(pages, pages), packed, q, 0.1, None, None)
         both = [triton_cpu.resources(kernel) for kernel in compiled[-2:]]
-        print(f"{heads} heads, {kv_heads} KV heads: {both}")
-        assert [used["stack"] for used in both] == [0, 0], f"{heads} heads spill registers"
+        what = f"{tokens} decodes of {heads} heads, {kv_heads} KV heads"
+        print(f"{what}: {both}")
+        assert [used["stack"] for used in both] == [0, 0], f"{what} spill registers"
         code = compiled[-2].asm["ptx"].split("mma.sync")
         assert len(code) == 33, "two products of 32 keys and eight queries are 32 instructions"
         assert "bar.sync" not in "".join(code[1:-1]), "warps wait for each other"
@@ -157,10 +159,8 @@ def interpret() -> None:
 
     triton_cpu.repair()
     torch.manual_seed(0)
-    lengths, heads, parts = (1, 33, 200, 4000), 2, 12
+    lengths, heads, parts = (1, 33, 200, 300, 4000), 2, 12
     keys, least = gluon_decode.KEYS, gluon_decode.MIN_STEPS
-    many = gluon_decode.CHANNELS, gluon_decode.PARTS_AT_ONCE
-    few = gluon_decode.FEW_CHANNELS, gluon_decode.FEW_PARTS_AT_ONCE
     for shared in (4, 7):
         partial = torch.randn(len(lengths), heads, parts, shared, 128)
         sums = torch.randn(2, len(lengths), heads, parts, shared)
@@ -169,13 +169,13 @@ def interpret() -> None:
         wanted = out.double()
         for number, length in enumerate(lengths):
             steps = -(-length // keys)
-            count = -(-steps // max(-(-steps // parts), least))
+            count = max(1, min(parts, steps // least))
             weight = sums[1, number, :, :count].double().exp2()[..., None]
             total = (sums[0, number, :, :count, :, None] * weight).sum(1)
             added = (partial[number, :, :count] * weight).sum(1) / total
             wanted[number] = 0.5 * added.flatten(0, 1)
             partial[number, :, count:], sums[:, number, :, count:] = math.nan, math.nan
-        for channels, together in (many, few):
+        for channels in (gluon_decode.CHANNELS, gluon_decode.FEW_CHANNELS):
             gluon_decode._sum_parts[(heads, len(lengths), 128 // channels)](
                 partial=partial,
                 sums=sums,
@@ -188,7 +188,7 @@ def interpret() -> None:
                 SHARED_PADDED=8 if shared > 4 else 4,
                 DV=128,
                 KEYS=keys,
-                TOGETHER=together,
+                TOGETHER=16,
                 WIDTH=channels,
                 PDL=False,
             )

@@ -22,23 +22,22 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from qtool.engine.attention.pages import PAGE, KVPages, Packed
-from qtool.engine.attention.triton_parts import add_parts
-from qtool.runtime.triton.tiles import start_early
+from qtool.engine.attention.triton_parts import power_of_two
+from qtool.runtime.triton.tiles import multiprocessors, start_early
 
 HEAD_DIM = gl.constexpr(128)
 WORDS = gl.constexpr(32)  # int32 of a key or value, four numbers each
 COLUMNS = gl.constexpr(8)  # heads of queries that share a KV head, at most
 KEYS = 2 * PAGE  # of a step
 MIN_STEPS = 4  # of a part
-MAX_WARPS = 1536  # parts of all sequences and KV heads, about as many as run at the same time
-MAX_PARTS = 96  # of one sequence
-# To add parts, a program takes so many channels of the values, and so many parts at a time.
+WARPS = 8  # of all sequences and KV heads, for each multiprocessor
+# To add parts, a program takes so many channels of the values, or fewer if it has many parts.
 CHANNELS = 128
-PARTS_AT_ONCE = 16
 # With at most so many sequences times KV heads, more programs take fewer channels each.
 FEW_PROGRAMS = 64
 FEW_CHANNELS = 32
-FEW_PARTS_AT_ONCE = 32
+SUM_WARPS = 4
+NUMBERS = 64 * 32 * SUM_WARPS  # of all parts that a program adds, at most: 64 of a thread
 
 
 def applies(
@@ -82,7 +81,7 @@ def decode(
     tokens = packed.decodes
     kv_heads = kv.k.shape[1]
     shared = q.shape[1] // kv_heads
-    parts = max(1, min(MAX_PARTS, MAX_WARPS // (tokens * kv_heads)))
+    parts = parts_of(tokens * kv_heads, q.device)
     partial = q.new_empty((tokens, kv_heads, parts, shared, HEAD_DIM.value), dtype=torch.float32)
     sums = q.new_empty((2, tokens, kv_heads, parts, shared), dtype=torch.float32)
     k, v = kv.k.view(torch.int32), kv.v.view(torch.int32)
@@ -107,9 +106,8 @@ def decode(
         PAGE=PAGE,
         **launch,
     )
-    channels, together = CHANNELS, PARTS_AT_ONCE
-    if tokens * kv_heads <= FEW_PROGRAMS:
-        channels, together = FEW_CHANNELS, FEW_PARTS_AT_ONCE
+    padded = triton.next_power_of_2(shared)
+    together, channels = sum_tile(tokens, kv_heads, padded, q.device)
     _sum_parts[(kv_heads, tokens, HEAD_DIM.value // channels)](
         partial=partial,
         sums=sums,
@@ -119,18 +117,39 @@ def decode(
         least=MIN_STEPS,
         v_scale=v_scale,
         SHARED=shared,
-        SHARED_PADDED=triton.next_power_of_2(shared),
+        SHARED_PADDED=padded,
         DV=HEAD_DIM.value,
         KEYS=KEYS,
         TOGETHER=together,
         WIDTH=channels,
-        **{**launch, "num_warps": 4},
+        **{**launch, "num_warps": SUM_WARPS},
     )
+
+
+def parts_of(groups: int, device: torch.device) -> int:
+    """Return into how many parts each of ``groups``, sequences times KV heads, is cut at most."""
+    count = multiprocessors(device)
+    return max(1, min(count, WARPS * count // groups))
+
+
+def sum_tile(
+    tokens: int, kv_heads: int, shared_padded: int, device: torch.device
+) -> tuple[int, int]:
+    """Return how many parts and channels a program of `_sum_parts` takes.
+
+    Each choice is a kernel of its own, so it is the same for all ``tokens`` from one power of two
+    to the next, see `triton_parts.power_of_two`.
+    """
+    groups = power_of_two(tokens) * kv_heads
+    # no fewer than the largest graph needs, so that more tokens need no other kernel
+    together = max(2, triton.next_power_of_2(parts_of(groups, device)))
+    channels = FEW_CHANNELS if groups <= FEW_PROGRAMS else CHANNELS
+    return together, min(channels, NUMBERS // (together * shared_padded))
 
 
 @gluon.jit(
     do_not_specialize=["stride_table_row", "least"],
-    do_not_specialize_on_alignment=["table", "rows", "positions", "partial", "sums"],
+    do_not_specialize_on_alignment=["table", "rows", "positions", "sums"],
 )
 def _attend_parts(  # type: ignore[no-untyped-def]
     q,
@@ -157,6 +176,7 @@ def _attend_parts(  # type: ignore[no-untyped-def]
     MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [1, 1], [16, 8])
     K: gl.constexpr = gl.DotOperandLayout(0, MMA, 8)
     V: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
+    WRITE: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [1, 1], [1, 0])
     Q_READ: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [1, 1], [1, 0])
     # a thread reads 16 bytes at a time; its numbers are then renumbered as the product wants them
     K_READ: gl.constexpr = gl.DistributedLinearLayout(
@@ -180,11 +200,11 @@ def _attend_parts(  # type: ignore[no-untyped-def]
     last = gl.load(positions + token)
     pages = table + gl.load(rows + token) * stride_table_row
     steps = last // KEYS + 1
-    each = gl.maximum(gl.cdiv(steps, gl.num_programs(1)), least)
-    begin = part * each
-    end = gl.minimum(begin + each, steps)
-    if begin >= end:
+    count = gl.maximum(gl.minimum(gl.num_programs(1), steps // least), 1)
+    if part >= count:
         return
+    begin = part * steps // count
+    end = (part + 1) * steps // count
 
     column = gl.arange(0, COLUMNS, gl.SliceLayout(1, Q_READ))
     d = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, Q_READ))
@@ -239,11 +259,13 @@ def _attend_parts(  # type: ignore[no-untyped-def]
 
     group = token.to(gl.int64) * gl.num_programs(0) + head
     mine = (group * gl.num_programs(1) + part) * SHARED
+    # value dv is row dv % 16 * 8 + dv // 16; 16 bytes of a thread, whole lines of a warp
+    acc = acc.reshape([16, 8, COLUMNS]).permute(2, 1, 0).reshape([COLUMNS, HEAD_DIM])
+    column = gl.arange(0, COLUMNS, gl.SliceLayout(1, WRITE))[:, None]
+    dv = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, WRITE))[None, :]
+    there = partial + (mine + column) * HEAD_DIM + dv
+    gl.store(there, gl.convert_layout(acc, WRITE), mask=column < SHARED)
     column = gl.arange(0, COLUMNS, gl.SliceLayout(0, MMA))
-    row = gl.arange(0, HEAD_DIM, gl.SliceLayout(1, MMA))
-    dv = row % 8 * 16 + row // 8
-    there = partial + (mine + column)[None, :] * HEAD_DIM + dv[:, None]
-    gl.store(there, acc, mask=(column < SHARED)[None, :])
     gl.store(sums + mine + column, total, mask=column < SHARED)
     all_parts = gl.num_programs(2).to(gl.int64) * gl.num_programs(0) * gl.num_programs(1)
     gl.store(sums + all_parts * SHARED + mine + column, top, mask=column < SHARED)
@@ -319,7 +341,7 @@ def _f16_by_pairs(x):  # type: ignore[no-untyped-def]
 
 @triton.jit(
     do_not_specialize=["parts", "least"],
-    do_not_specialize_on_alignment=["positions", "partial", "sums"],
+    do_not_specialize_on_alignment=["positions", "sums"],
 )
 def _sum_parts(  # type: ignore[no-untyped-def]
     partial,
@@ -337,26 +359,37 @@ def _sum_parts(  # type: ignore[no-untyped-def]
     WIDTH: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Add ``WIDTH`` numbers of the values of a sequence's parts, ``TOGETHER`` parts at a time."""
+    """Add ``WIDTH`` numbers of the values of a sequence's parts, of which there are at most
+    ``TOGETHER``.
+
+    All is read at once, also what no part has written, rather than after the position.
+    """
     start_early(PDL)
     head, token = tl.program_id(0), tl.program_id(1)
-    steps = tl.load(positions + token) // KEYS + 1
-    count = tl.cdiv(steps, tl.maximum(tl.cdiv(steps, parts), least))
+    last = tl.load(positions + token)
     group = token.to(tl.int64) * tl.num_programs(0) + head
     tops = sums + tl.num_programs(1).to(tl.int64) * tl.num_programs(0) * parts * SHARED
+    index, member = tl.arange(0, TOGETHER), tl.arange(0, SHARED_PADDED)
     dv = tl.program_id(2) * WIDTH + tl.arange(0, WIDTH)
-    add_parts(
-        partial,
-        sums,
-        tops,
-        out,
-        group,
-        count,
-        v_scale,
-        dv,
-        parts,
-        SHARED,
-        SHARED_PADDED,
-        DV,
-        TOGETHER,
+    there = (group * parts + index)[:, None] * SHARED + member[None, :]
+    exists = (index < parts)[:, None] & (member < SHARED)[None, :]
+    top = tl.load(tops + there, mask=exists, other=0.0, cache_modifier=".cg")
+    total = tl.load(sums + there, mask=exists, other=1.0, cache_modifier=".cg")
+    acc = tl.load(
+        partial + there[:, :, None] * DV + dv[None, None, :],
+        mask=exists[:, :, None],
+        other=0.0,
+        cache_modifier=".cg",
+    )
+    count = tl.maximum(tl.minimum(parts, (last // KEYS + 1) // least), 1)
+    written = (index < count)[:, None]
+    top = tl.where(written, top, float("-inf"))
+    weight = tl.exp2(top - tl.max(top, 0)[None, :])
+    total = tl.sum(tl.where(written, total, 0.0) * weight, 0)
+    acc = tl.sum(tl.where(written[:, :, None], acc, 0.0) * weight[:, :, None], 0)
+    result = (acc * (v_scale / total)[:, None]).to(out.dtype.element_ty)
+    tl.store(
+        out + (group * SHARED + member[:, None]) * DV + dv[None, :],
+        result,
+        mask=(member < SHARED)[:, None],
     )

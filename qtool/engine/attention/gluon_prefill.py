@@ -13,7 +13,6 @@ the rotary part of the keys, which all heads share, in a tensor of its own.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cache
 
 import torch
 import triton
@@ -31,6 +30,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from qtool.engine.attention.pages import PAGE, KVPages, Packed
+from qtool.runtime.triton.tiles import multiprocessors
 
 TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 ROWS = 64  # of a group: queries, times the heads that are computed together
@@ -86,7 +86,7 @@ def prefill(
         heads // together * (triton.cdiv((tokens - packed.decodes) * together, 2 * ROWS) + chunks)
     )
     k_pages, v_pages = (_rows(part.view(-1, head_dim), PAGE) for part in (kv.k, kv.v))
-    _prefill[(min(_processors(q.device), blocks),)](
+    _prefill[(min(multiprocessors(q.device), blocks),)](
         q=_queries(q, together),
         q_rope=None,
         k=k_pages,
@@ -159,7 +159,7 @@ def prefill_expanded(
     counter = packed.counters if packed.counters is not None else q.new_zeros(1, dtype=torch.int32)
     blocks = heads * (triton.cdiv(tokens - expanded.token, 2 * ROWS) + expanded.chunks)
     rows = _rows(expanded_kv, KEYS)
-    _prefill[(min(_processors(q.device), blocks),)](
+    _prefill[(min(multiprocessors(q.device), blocks),)](
         q=_queries(q, 1),
         q_rope=_queries(q_rope, 1),
         k=rows,
@@ -199,16 +199,6 @@ def _queries(q: Tensor, together: int) -> TensorDescriptor:
 def _rows(x: Tensor, count: int) -> TensorDescriptor:
     """Return the TMA descriptor of ``count`` rows of ``x``, keys or values."""
     return TensorDescriptor.from_tensor(x, [count, WIDE], _layout(x, 2))
-
-
-@cache
-def _processors(device: torch.device) -> int:
-    """Return how many multiprocessors ``device`` has; for the meta device, an H200's."""
-    return (
-        torch.cuda.get_device_properties(device).multi_processor_count
-        if device.type == "cuda"
-        else 132
-    )
 
 
 def _layout(x: Tensor, rank: int) -> gl.NVMMASharedLayout:

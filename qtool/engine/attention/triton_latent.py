@@ -16,13 +16,8 @@ from torch import Tensor
 
 from qtool.engine.attention import triton_paged
 from qtool.engine.attention.pages import LOG2_E, PAGE, KVPages, Packed
-from qtool.engine.attention.triton_paged import (
-    ANY_VALUE,
-    Tile,
-    launch_options,
-    power_of_two,
-)
-from qtool.engine.attention.triton_parts import store_part
+from qtool.engine.attention.triton_paged import ANY_VALUE, Tile, launch_options
+from qtool.engine.attention.triton_parts import power_of_two, store_part
 from qtool.runtime.triton.tiles import GLUON, start_early
 
 ROWS = 16  # heads of a tile, at most
@@ -59,7 +54,7 @@ def decode(
     counters = packed.counters
     if counters is None or counters.numel() < tokens * groups:
         counters = q.new_zeros(tokens * groups if split else 1, dtype=torch.int32)
-    together = 2048 * tile.warps // (triton.next_power_of_2(shared) * rank)
+    together = 32 * tile.warps * tile.numbers // (triton.next_power_of_2(shared) * rank)
     _decode[(groups, tile.parts, tokens)](
         partial=partial,
         sums=sums,

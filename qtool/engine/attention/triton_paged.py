@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qtool.engine.attention.pages import LOG2_E, PAGE, KVPages, Packed
-from qtool.engine.attention.triton_parts import store_part
+from qtool.engine.attention.triton_parts import power_of_two, store_part
 from qtool.runtime.triton.tiles import GLUON, start_early
 
 LONG = 16384  # tokens that a sequence may have where few are cut with long ones in mind
@@ -33,7 +33,6 @@ ANY_VALUE = {
         "positions",
         "starts",
         "contexts",
-        "partial",
         "sums",
         "arrived",
     ],
@@ -56,6 +55,8 @@ class Tile:
     """Steps of each part, at least."""
     pdl: bool = True
     """Whether the kernel starts while the one before it ends."""
+    numbers: int = 64
+    """Of the parts, that a thread adds at a time, at most."""
 
 
 def decode_tile(
@@ -78,6 +79,8 @@ def decode_tile(
         if fp8:
             return Tile(keys, 2, 3, parts=max(16, min(64, power_of_two(1024 // programs))))
         parts = max(8, min(32, power_of_two(512 // programs)))
+        if parts > MANY_PARTS.value:  # all in one round
+            return Tile(keys, 4, 3, parts=parts, numbers=128)
         return Tile(keys, 4, 3 if parts > 8 else 2, parts=parts)
     if programs <= 256:
         parts = MANY_PARTS.value if programs <= 64 else power_of_two(512 // programs)
@@ -86,15 +89,6 @@ def decode_tile(
         parts = 4
         least = 4096 // keys
     return Tile(keys, 4, 2, parts=max(1, min(parts, triton.cdiv(most, keys * least))), least=least)
-
-
-def power_of_two(count: int) -> int:
-    """Return the largest power of two in ``count``, at least 1.
-
-    Each number of parts is a kernel of its own. Only powers of two are used, which the CUDA graphs
-    of powers of two sequences all need too, so that none compiles while a request waits.
-    """
-    return 1 << max(0, count.bit_length() - 1)
 
 
 def prefill_tile(head_dim: int, itemsize: int) -> Tile:
@@ -197,7 +191,8 @@ def decode(
         TOGETHER=max(
             1,
             min(
-                triton.next_power_of_2(tile.parts), 2048 * tile.warps // (shared_padded * dv_padded)
+                triton.next_power_of_2(tile.parts),
+                32 * tile.warps * tile.numbers // (shared_padded * dv_padded),
             ),
         ),
         STAGES=tile.stages,

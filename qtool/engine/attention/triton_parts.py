@@ -7,6 +7,15 @@ import triton
 import triton.language as tl
 
 
+def power_of_two(count: int) -> int:
+    """Return the largest power of two in ``count``, at least 1.
+
+    Each number of parts is a kernel of its own. Only powers of two are used, which the CUDA graphs
+    of powers of two sequences all need too, so that none compiles while a request waits.
+    """
+    return 1 << max(0, count.bit_length() - 1)
+
+
 @triton.jit
 def store_part(  # type: ignore[no-untyped-def]
     acc,

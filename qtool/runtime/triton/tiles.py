@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import triton
@@ -98,6 +99,16 @@ def tile_position(M, N, TILE_M: tl.constexpr, TILE_N: tl.constexpr):  # type: ig
     rest = tl.program_id(0) % (16 * tiles_n)
     height = tl.minimum(tiles_m - band * 16, 16)
     return rest // height, band * 16 + rest % height
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """Return how many multiprocessors ``device`` has; for the meta device, an H200's."""
+    return (
+        torch.cuda.get_device_properties(device).multi_processor_count
+        if device.type == "cuda"
+        else 132
+    )
 
 
 @triton.jit
