@@ -59,16 +59,19 @@ def serve(
     settings = make_settings(options)
     if dry_run:
         return _show_kernels(settings, as_json=as_json)
-    from qtool.serve.ready import ready_dict, ready_text
-    from qtool.serve.server import serve as run
+    from qtool.serve.backend.engine_child import EngineChild
 
-    def ready(service: Service) -> None:
-        try:
-            show(lambda: ready_dict(service), ready_text(service), as_json)
-        except ResourceError as error:
-            message(f"warning: {error.message}")
+    with EngineChild(settings) as child:  # it imports torch while this process imports the rest
+        from qtool.serve.ready import ready_dict, ready_text
+        from qtool.serve.server import serve as run
 
-    run(settings, on_ready=ready)
+        def ready(service: Service) -> None:
+            try:
+                show(lambda: ready_dict(service), ready_text(service), as_json)
+            except ResourceError as error:
+                message(f"warning: {error.message}")
+
+        run(settings, child, on_ready=ready)
     ignore_signals()  # everything has ended: a late signal must not turn it into a failure
     if as_json and not current().has_result:
         ended = {"url": settings.url, "model": settings.name, "ready": False}

@@ -29,6 +29,7 @@ from qtool.checkpoint import open_checkpoint
 from qtool.errors import QtoolError, one_line
 from qtool.memory import memory_error
 from qtool.runtime.online import schemes_to_run
+from qtool.serve.backend.engine_child import EngineChild
 from qtool.serve.host import ServiceHost
 from qtool.serve.http.app import make_app
 from qtool.serve.http.connection import limited_connection
@@ -51,9 +52,15 @@ _M_ARENA_MAX = -8
 OWN_FILES = 256  # open files besides connections
 
 
-def serve(settings: ServeSettings, *, on_ready: Callable[[Service], None]) -> None:
-    """Serve until a signal ends it. ``on_ready`` is called once the model has answered.
+def serve(
+    settings: ServeSettings, child: EngineChild, *, on_ready: Callable[[Service], None]
+) -> None:
+    """Serve until a signal ends it.
 
+    Args:
+        settings: what is served, and how.
+        child: the engine's process, of the same settings.
+        on_ready: called once the model has answered.
     Raises: ResourceError, when the address is taken or the engine dies; what `qtool.Engine` raises
         for a model that cannot be served.
     """
@@ -66,7 +73,7 @@ def serve(settings: ServeSettings, *, on_ready: Callable[[Service], None]) -> No
     with _log_on_the_side(settings.log_level):
         _warn_of_strangers(settings)
         with asyncio.Runner(loop_factory=uvicorn.Config("").get_loop_factory()) as runner:
-            runner.run(_serve(settings, limits, address, on_ready))
+            runner.run(_serve(settings, child, limits, address, on_ready))
 
 
 @contextlib.contextmanager
@@ -140,6 +147,7 @@ def _check_quantization(settings: ServeSettings) -> None:
 
 async def _serve(
     settings: ServeSettings,
+    child: EngineChild,
     limits: RequestLimits,
     address: socket,
     on_ready: Callable[[Service], None],
@@ -162,7 +170,7 @@ async def _serve(
     )
     server = _Server(config, host)
     with server.signals_taken():
-        running = asyncio.create_task(_run_service(app, host, server, on_ready))
+        running = asyncio.create_task(_run_service(app, child, host, server, on_ready))
         try:
             await server.serve(sockets=[address])
         finally:
@@ -174,11 +182,17 @@ async def _serve(
 
 
 async def _run_service(
-    app: FastAPI, host: ServiceHost, server: _Server, on_ready: Callable[[Service], None]
+    app: FastAPI,
+    child: EngineChild,
+    host: ServiceHost,
+    server: _Server,
+    on_ready: Callable[[Service], None],
 ) -> None:
     """Load the model and let ``host`` serve it, until the task is cancelled."""
     try:
-        async with open_service(host.settings, host.metrics, host.threads, server.fail) as service:
+        async with open_service(
+            host.settings, child, host.metrics, host.threads, server.fail
+        ) as service:
             await asyncio.to_thread(app.openapi)  # takes long; the result is cached
             gc.collect()
             gc.freeze()  # the collector need not scan what lives as long as the server

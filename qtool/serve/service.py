@@ -22,8 +22,9 @@ from qtool.engine.sampling_params import SamplingParams
 from qtool.engine.scores import PairForm
 from qtool.errors import QtoolError, ResourceError, UsageError
 from qtool.serve.answer_styles import reasoning_style, tool_style
+from qtool.serve.backend.engine_child import EngineChild
 from qtool.serve.backend.engine_client import EngineProcess, OutputStream
-from qtool.serve.backend.messages import EngineInfo, EngineStats, Start, Submission
+from qtool.serve.backend.messages import EngineInfo, EngineStats, Submission
 from qtool.serve.metrics import Metrics
 from qtool.serve.prompts.grammars import Grammars
 from qtool.serve.prompts.pairs import Pairs
@@ -369,6 +370,7 @@ class Service:
 @asynccontextmanager
 async def open_service(
     settings: ServeSettings,
+    child: EngineChild,
     metrics: Metrics,
     threads: Threads,
     on_failure: Callable[[QtoolError], None],
@@ -377,13 +379,14 @@ async def open_service(
 
     Args:
         settings: what is served, and how.
+        child: the engine's process.
         metrics: of this server.
         threads: of this server.
         on_failure: called with the reason when the engine ends by itself.
     Raises: QtoolError.
     """
     async with AsyncExitStack() as stack:
-        engine = EngineProcess(on_failure, watchdog_timeout_s=settings.watchdog_timeout_s)
+        engine = EngineProcess(child, on_failure, watchdog_timeout_s=settings.watchdog_timeout_s)
         stack.push_async_callback(engine.close)
         templates, info = await _load(settings, engine, stack)
         vocabulary = Vocabulary(info.tokenizer, info.context_length, threads)
@@ -426,13 +429,8 @@ async def check_templates(settings: ServeSettings, folder: Path, encoding: Encod
 async def _load(
     settings: ServeSettings, engine: EngineProcess, stack: AsyncExitStack
 ) -> tuple[Templates, EngineInfo]:
-    """Start the engine, and open the chat templates meanwhile."""
-    start = Start(
-        settings.model_path,
-        options=vars(settings.engine_config),
-        log_level=settings.log_level.upper(),
-    )
-    starting = asyncio.create_task(engine.start(start))
+    """Wait for the engine, and open the chat templates meanwhile."""
+    starting = asyncio.create_task(engine.wait_ready())
     folder = Path(settings.tokenizer_path or settings.model_path)
     try:
         # a name on the Hub: the engine's process finds it, and may be ended while it does; GGUF: it

@@ -11,16 +11,14 @@ import asyncio
 import contextlib
 import itertools
 import logging
-import os
 import signal
-import socket
 import subprocess
-import sys
 import time
 from collections.abc import AsyncIterator, Callable
 
 from qtool.engine.outputs import CompletionOutput, merge_by_index
 from qtool.errors import QtoolError, ResourceError, from_wire
+from qtool.serve.backend.engine_child import END_TIMEOUT_S, EngineChild
 from qtool.serve.backend.messages import (
     LENGTH,
     Abort,
@@ -34,7 +32,6 @@ from qtool.serve.backend.messages import (
     KeyedOutput,
     Outputs,
     Ready,
-    Start,
     Stats,
     Submission,
     Submit,
@@ -47,10 +44,6 @@ LOG = logging.getLogger("qtool.serve")
 MAX_MERGED = 64  # outputs that are merged at once
 STACK_S = 1.0  # for the engine to write its stack
 WATCH_S = 5.0  # the longest interval of the watchdog
-END_TIMEOUT_S = 5.0  # for the engine to end by itself
-# On a CPU oneDNN keeps a kernel for each number of tokens that a step has had. By default a
-# thousand, which takes hours of mixed load to fill; these are full within minutes.
-SMALL_CACHES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128", "LRU_CACHE_CAPACITY": "128"}
 
 
 class OutputStream:
@@ -134,11 +127,19 @@ class EngineProcess:
     """The engine's process, as the server sees it.
 
     Args:
+        child: the process, which loads the model.
         on_end: called with the reason when the engine ends by itself, or hangs and is ended.
         watchdog_timeout_s: seconds without a step after which an engine that has work hangs.
     """
 
-    def __init__(self, on_end: Callable[[QtoolError], None], *, watchdog_timeout_s: float) -> None:
+    def __init__(
+        self,
+        child: EngineChild,
+        on_end: Callable[[QtoolError], None],
+        *,
+        watchdog_timeout_s: float,
+    ) -> None:
+        self._child = child
         self._on_end = on_end
         self._watchdog_timeout_s = watchdog_timeout_s
         self._streams: dict[int, OutputStream] = {}
@@ -147,38 +148,26 @@ class EngineProcess:
         self._closing = False
         self.error: QtoolError | None = None
         """Why the engine answers no more."""
-        self._process: subprocess.Popen[bytes] | None = None
         self._writer: asyncio.StreamWriter | None = None
         self._listening: asyncio.Task[None] | None = None
         self._watching: asyncio.Task[None] | None = None
 
-    async def start(self, start: Start) -> EngineInfo:
-        """Start the process, load the model and return what the engine reports.
+    async def wait_ready(self) -> EngineInfo:
+        """Wait until the model is loaded, and return what the engine reports.
 
         Raises: what `qtool.Engine` raises.
         """
-        ours, theirs = socket.socketpair()
-        command = [sys.executable, "-m", "qtool.serve.backend.engine_process", str(theirs.fileno())]
-        self._process = subprocess.Popen(
-            command,
-            pass_fds=[theirs.fileno()],
-            stdin=subprocess.DEVNULL,
-            stdout=sys.stderr,
-            start_new_session=True,  # a terminal's signals to the group are for the server
-            env={**SMALL_CACHES, **os.environ},
-        )
-        theirs.close()
-        reader, self._writer = await asyncio.open_connection(sock=ours)
-        self._send(start)
+        process = self._child.process
+        reader, self._writer = await asyncio.open_connection(sock=self._child.connection)
         try:
             message = await _receive(reader)
         except (asyncio.IncompleteReadError, ConnectionError) as error:
-            raise await _death(self._process) from error
+            raise await _death(process) from error
         if isinstance(message, Failed):
             raise from_wire(dict(message.error))
         assert isinstance(message, Ready)
-        self._listening = asyncio.create_task(self._listen(reader, self._process))
-        self._watching = asyncio.create_task(self._watch(self._process))
+        self._listening = asyncio.create_task(self._listen(reader, process))
+        self._watching = asyncio.create_task(self._watch(process))
         return message.info
 
     def submit(self, *submissions: Submission) -> OutputStream:
@@ -241,15 +230,11 @@ class EngineProcess:
         self._closing = True
         if self._watching is not None:
             self._watching.cancel()
-        if self._process is None:
-            return
-        if self._writer is not None:
+        if self._writer is None:
+            self._child.connection.close()
+        else:
             self._writer.close()  # the engine ends with its socket
-        try:
-            await asyncio.to_thread(self._process.wait, END_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            await asyncio.to_thread(self._process.wait)
+        await asyncio.to_thread(self._child.wait)
         if self._listening is not None:
             # it ends with the connection, and may be about to report why the engine ended
             await asyncio.wait({self._listening}, timeout=END_TIMEOUT_S)
