@@ -190,10 +190,10 @@ async def _run_service(
 ) -> None:
     """Load the model and let ``host`` serve it, until the task is cancelled."""
     try:
+        await asyncio.to_thread(app.openapi)  # takes long, while the engine loads; it is cached
         async with open_service(
             host.settings, child, host.metrics, host.threads, server.fail
         ) as service:
-            await asyncio.to_thread(app.openapi)  # takes long; the result is cached
             gc.collect()
             gc.freeze()  # the collector need not scan what lives as long as the server
             host.set_service(service)

@@ -23,7 +23,7 @@ from qtool.engine.scores import PairForm
 from qtool.errors import QtoolError, ResourceError, UsageError
 from qtool.serve.answer_styles import reasoning_style, tool_style
 from qtool.serve.backend.engine_child import EngineChild
-from qtool.serve.backend.engine_client import EngineProcess, OutputStream
+from qtool.serve.backend.engine_client import EngineProcess, OutputStream, answer_once
 from qtool.serve.backend.messages import EngineInfo, EngineStats, Submission
 from qtool.serve.metrics import Metrics
 from qtool.serve.prompts.grammars import Grammars
@@ -36,7 +36,6 @@ from qtool.serve.threads import Threads
 from qtool.serve.turns import current_origin
 
 LOG = logging.getLogger("qtool.serve")
-WARM_UP_TOKENS = 2
 # log probabilities of one request and of all: each is some 150 bytes, here and in the engine
 MAX_LOGPROBS = 1 << 17
 MAX_LOGPROBS_HELD = 1 << 24
@@ -351,21 +350,6 @@ class Service:
         self.logprobs_held += logprobs - slot.logprobs  # those of its last stream are read
         slot.logprobs = logprobs
 
-    async def warm_up(self) -> None:
-        """Let the model answer once.
-
-        Raises: QtoolError, when its logits are not finite or the engine is gone.
-        """
-        prompt = [self.info.eos_ids[0] if self.info.eos_ids else 0]
-        params = SamplingParams(max_new_tokens=WARM_UP_TOKENS, temperature=0.0, ignore_eos=True)
-        stream = self.engine.submit(
-            Submission([prompt], params, stream=False, rid=self.new_id("warm-up-"))
-        )
-        try:
-            await stream.collect()
-        finally:
-            self.engine.cancel(stream)
-
 
 @asynccontextmanager
 async def open_service(
@@ -389,7 +373,12 @@ async def open_service(
         engine = EngineProcess(child, on_failure, watchdog_timeout_s=settings.watchdog_timeout_s)
         stack.push_async_callback(engine.close)
         templates, info = await _load(settings, engine, stack)
-        vocabulary = Vocabulary(info.tokenizer, info.context_length, threads)
+        # the tokenizer holds up this process, and the engine answers meanwhile
+        _, vocabulary, defaults = await asyncio.gather(
+            answer_once(engine, info),
+            asyncio.to_thread(Vocabulary, info.tokenizer, info.context_length, threads),
+            sampling_defaults(settings, info),
+        )
         grammars = Grammars(info)
         stack.push_async_callback(grammars.close)
         service = Service(
@@ -404,9 +393,8 @@ async def open_service(
             pairs=Pairs(info.encoding, templates, vocabulary),
             tool_style=tool_style(settings, templates),
             reasoning_style=reasoning_style(settings, templates),
-            defaults=await sampling_defaults(settings, info),
+            defaults=defaults,
         )
-        await service.warm_up()
         yield service
 
 

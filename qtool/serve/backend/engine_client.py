@@ -14,9 +14,11 @@ import logging
 import signal
 import subprocess
 import time
+import uuid
 from collections.abc import AsyncIterator, Callable
 
 from qtool.engine.outputs import CompletionOutput, merge_by_index
+from qtool.engine.sampling_params import SamplingParams
 from qtool.errors import QtoolError, ResourceError, from_wire
 from qtool.serve.backend.engine_child import END_TIMEOUT_S, EngineChild
 from qtool.serve.backend.messages import (
@@ -43,6 +45,7 @@ from qtool.serve.backend.messages import (
 LOG = logging.getLogger("qtool.serve")
 MAX_MERGED = 64  # outputs that are merged at once
 STACK_S = 1.0  # for the engine to write its stack
+WARM_UP_TOKENS = 2
 WATCH_S = 5.0  # the longest interval of the watchdog
 
 
@@ -316,6 +319,21 @@ class EngineProcess:
     def _send(self, message: ToEngine) -> None:
         if self.error is None and self._writer is not None:
             self._writer.write(encode(message))
+
+
+async def answer_once(engine: EngineProcess, info: EngineInfo) -> None:
+    """Let the model answer once.
+
+    Raises: QtoolError, when its logits are not finite or the engine is gone.
+    """
+    prompt = [info.eos_ids[0] if info.eos_ids else 0]
+    params = SamplingParams(max_new_tokens=WARM_UP_TOKENS, temperature=0.0, ignore_eos=True)
+    rid = f"warm-up-{uuid.uuid4().hex}"
+    stream = engine.submit(Submission([prompt], params, stream=False, rid=rid))
+    try:
+        await stream.collect()
+    finally:
+        engine.cancel(stream)
 
 
 async def _receive(reader: asyncio.StreamReader) -> FromEngine:

@@ -71,6 +71,8 @@ class EngineServer:
         self._outbox: queue.SimpleQueue[FromEngine | KeyedOutput] = queue.SimpleQueue()
         self._submitted: dict[int, tuple[str, list[Request]]] = {}
         """By key: the rid of each submission, and the engine's requests for it."""
+        self.has_answered = threading.Event()
+        """Set once a submission has ended."""
         for name, run in (("qtool-inbox", self._receive_all), ("qtool-outbox", self._send_all)):
             threading.Thread(target=run, name=name, daemon=True).start()
 
@@ -112,6 +114,7 @@ class EngineServer:
                 is_last = True
             if is_last:
                 self._forget(key)
+                self.has_answered.set()
 
         try:
             if submission.grammar is not None and engine.compiler is not None:
@@ -295,10 +298,11 @@ def _device_name(device: torch.device) -> str:
     )
 
 
-def _prepare_grammars(engine: Engine) -> None:
+def _prepare_grammars(engine: Engine, may_begin: threading.Event) -> None:
     """Import what constrained answers need, so that the first of them does not hold up what comes
     behind it.
     """
+    may_begin.wait()
     if engine.compiler is None or importlib.util.find_spec("xgrammar") is None:
         return
     with no_collection(keep=True):
@@ -349,7 +353,10 @@ def main(descriptor: int) -> None:
         gc.freeze()
         server.send(Ready(info))
         threading.Thread(
-            target=_prepare_grammars, args=(engine,), name="qtool-grammars", daemon=True
+            target=_prepare_grammars,
+            args=(engine, server.has_answered),  # the server waits for the first answer
+            name="qtool-grammars",
+            daemon=True,
         ).start()
         server.serve(engine)
     server.receive()  # nothing comes but the end of the connection

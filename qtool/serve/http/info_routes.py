@@ -12,6 +12,7 @@ from starlette.responses import HTMLResponse, PlainTextResponse, Response
 from qtool import __version__
 from qtool.serve.api.answering import json_reply, while_connected
 from qtool.serve.api.schemas import Model, ModelInfo, Models, ServerInfo, Status, Version
+from qtool.serve.backend.engine_client import answer_once
 from qtool.serve.backend.messages import EngineStats
 from qtool.serve.host import ServiceHost
 from qtool.serve.http.openapi import ERRORS, GET_ERRORS
@@ -135,7 +136,7 @@ def _server_info(service: Service, stats: EngineStats | None) -> dict[str, objec
 
 async def _answer_once(service: Service) -> Response:
     with service.acquire(1):
-        await service.warm_up()
+        await answer_once(service.engine, service.info)
     return json_reply({"status": "ok"})
 
 
