@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import threading
 
 from qtool.errors import UsageError
 
@@ -26,6 +27,35 @@ def gpu_count() -> int:
     if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)):
         return 0
     return count.value
+
+
+def start_driver(device: str) -> None:
+    """Let the NVIDIA driver make the context of ``device`` in a thread, while torch is imported:
+    that takes a second, more on a machine with many GPUs, and torch then finds it made.
+
+    Whatever fails is left to torch, which says what is wrong.
+    """
+    index = gpu_number(device.lower())
+    if device.lower() in (AUTO, "cuda"):
+        index = 0
+    if index is not None:
+        threading.Thread(
+            target=_retain_context, args=(index,), name="qtool-driver", daemon=True
+        ).start()
+
+
+def _retain_context(index: int) -> None:
+    """Make the primary context of the GPU ``index``, for as long as the process lives.
+
+    Source: CUDA driver API, cuInit, cuDeviceGet and cuDevicePrimaryCtxRetain.
+    """
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")  # its functions run without the GIL
+    except OSError:
+        return
+    device, context = ctypes.c_int(), ctypes.c_void_p()
+    if driver.cuInit(0) == 0 and driver.cuDeviceGet(ctypes.byref(device), index) == 0:
+        driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), device)
 
 
 def check_device_name(device: str) -> str:

@@ -18,6 +18,7 @@ from collections import Counter
 from typing import TYPE_CHECKING, NoReturn, cast
 
 from qtool.checkpoint.temporary import remove_temporary_folders
+from qtool.devices import AUTO, start_driver
 from qtool.engine.config import EngineConfig
 from qtool.engine.outputs import CompletionOutput, Output
 from qtool.errors import QtoolError, ResourceError, one_line
@@ -338,6 +339,7 @@ def main(descriptor: int) -> None:
     logging.getLogger("qtool").setLevel(start.log_level)
     logging.captureWarnings(True)
     skip_unused()
+    start_driver(str(start.options.get("device") or AUTO))
     try:
         _redirect_transformers_log()
         with no_collection(keep=True):
