@@ -6,11 +6,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import os
 import queue
 import random
-import time
 import warnings
 import weakref
 from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator, Mapping, Sequence
@@ -43,13 +41,13 @@ from qtool.engine.results import CompletionResult, Result
 from qtool.engine.scoring import ScoringMethods
 from qtool.engine.sglang_names import check_other, engine_options
 from qtool.engine.start import decide_start, eos_ids_of, plan_engine
+from qtool.engine.stopwatch import Stopwatch
 from qtool.engine.vectors import check_dimensions
 from qtool.options import keywords_of, make_options
 from qtool.runtime.compiling import warn_of_version
 from qtool.runtime.load import materialize
 from qtool.runtime.load_plan import LoadPlan
 
-LOG = logging.getLogger("qtool.engine")
 DEFAULT_SHARE = 0.85
 
 
@@ -67,7 +65,10 @@ class Engine(ScoringMethods):
         known = [each.name for each in fields(EngineConfig)]
         config = make_options(EngineConfig, engine_options(options, known))
         checkpoint = open_checkpoint(resolve_model(os.fspath(model_path), revision=config.revision))
-        self._open(plan_engine(checkpoint, config), config)
+        log_time = Stopwatch()
+        plan = plan_engine(checkpoint, config)
+        log_time("plan", "layers planned")
+        self._open(plan, config, log_time)
 
     @classmethod
     def from_plan(cls, plan: LoadPlan, config: EngineConfig) -> Self:
@@ -81,18 +82,18 @@ class Engine(ScoringMethods):
         Raises: CheckpointRefused, UsageError, ResourceError.
         """
         engine = cls.__new__(cls)
-        engine._open(plan, config)
+        engine._open(plan, config, Stopwatch())
         return engine
 
-    def _open(self, plan: LoadPlan, config: EngineConfig) -> None:
+    def _open(self, plan: LoadPlan, config: EngineConfig, log_time: Stopwatch) -> None:
         """Load the weights and start the loop."""
         device = plan.device
         start = decide_start(plan, config)
         warn_of_version(device)
         self.tokenizer = start.tokenizer
-        began = time.monotonic()
+        log_time("tokenizer", "tokenizer loaded")
         model = materialize(plan)
-        LOG.info("weights loaded in %.1f s", time.monotonic() - began)
+        log_time("weights", "weights loaded")
         self.eos_ids = eos_ids_of(model, self.tokenizer)
         self.context_length = start.limits.context_length
         self.encoding = plan.encoding
@@ -112,6 +113,7 @@ class Engine(ScoringMethods):
             cache_scales=start.cache_scales,
             cuda_graphs=not config.disable_cuda_graph,
             compiled=config.compile,
+            log_time=log_time,
         )
         cache_tokens = runner.page_count * PAGE
         if cache_tokens < self.context_length:
@@ -145,6 +147,8 @@ class Engine(ScoringMethods):
         )
         # runs also when the engine is garbage, and when the interpreter ends
         self._end = weakref.finalize(self, _close, self.loop)
+        self.start_seconds = log_time.seconds
+        """How long each part of the start took."""
 
     def generate(
         self,

@@ -76,6 +76,7 @@ class Runner:
         cache_scales: Mapping[int, tuple[float, float]] | None = None,
         cuda_graphs: bool = True,
         compiled: Literal["off", "decode", "all"] = "off",
+        log_time: Stopwatch,
     ) -> None:
         self.model, self.device, self.limits = model, device, limits
         self.vocab_size: int = model.get_output_embeddings().out_features
@@ -87,9 +88,8 @@ class Runner:
         columns = -(-limits.context_length // PAGE)
         with torch.inference_mode(), current(device):
             self._make_buffers(columns)
-            log_time = Stopwatch()
             self._prepare_model(compiled)
-            log_time("layers fused")
+            log_time("fusing", "layers fused")
             self.keeps_latents = any(layer.keeps_latents for layer in self.geometry.layers)
             self.graphs = CudaGraphs(limits, self.table, self.buffer, self.keeps_latents)
             heads = max(layer.groups for layer in self.geometry.layers)
@@ -114,7 +114,7 @@ class Runner:
                 LOG.warning("the scales of keys and values are not those of latents: 1.0 is used")
             step_bytes = self._measure_step(graphs=wants_graphs)
             step_bytes += reserve_bytes(self.geometry.layers, model.dtype)
-            log_time("largest step tried")
+            log_time("largest step", "largest step tried")
             if wants_graphs:
                 row_bytes = self.vocab_size * model.dtype.itemsize
                 step_bytes += self.graphs.memory_bytes(step_bytes, row_bytes)
@@ -138,10 +138,8 @@ class Runner:
                 self.graphs.capture(self.decode, self.prefill, device)
                 if self._mtp is not None:
                     self._mtp.capture(self.layers, device)
-                log_time(
-                    f"{len(self.graphs.decode)} CUDA graphs captured for decoding, "
-                    f"{len(self.graphs.prompts)} for prompts"
-                )
+                decode, prompts = len(self.graphs.decode), len(self.graphs.prompts)
+                log_time("CUDA graphs", f"{decode} CUDA graphs for decoding, {prompts} for prompts")
 
     @property
     def keeps_prefixes(self) -> bool:

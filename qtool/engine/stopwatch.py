@@ -1,21 +1,30 @@
-"""`Stopwatch`: how long each part of a start took, in the log."""
+"""`Stopwatch`: how long each part of a start took."""
 
 from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Mapping
 
 LOG = logging.getLogger("qtool.engine")
 
 
 class Stopwatch:
-    """Logs how long each part took."""
+    """Measures the parts of a start, one after another, and logs each."""
 
     def __init__(self) -> None:
         self._last = time.monotonic()
+        self.seconds: dict[str, float] = {}
+        """By part."""
 
-    def __call__(self, what: str) -> None:
-        """Log that ``what`` was done, and how long it took."""
+    def __call__(self, part: str, what: str = "") -> None:
+        """Log that ``part`` was done, in the words of ``what`` if given, and how long it took."""
         now = time.monotonic()
-        LOG.info("%s in %.1f s", what, now - self._last)
+        self.seconds[part] = now - self._last
+        LOG.info("%s in %.1f s", what or part, self.seconds[part])
         self._last = now
+
+
+def breakdown(seconds: Mapping[str, float]) -> str:
+    """Return the parts of a start in one line."""
+    return ", ".join(f"{part} {taken:.1f}" for part, taken in seconds.items())

@@ -14,7 +14,8 @@ import queue
 import resource
 import signal
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from logging.handlers import QueueHandler, QueueListener
 from pathlib import Path
@@ -26,6 +27,7 @@ from fastapi import FastAPI
 
 from qtool import formats
 from qtool.checkpoint import open_checkpoint
+from qtool.engine.stopwatch import breakdown
 from qtool.errors import QtoolError, one_line
 from qtool.memory import memory_error
 from qtool.runtime.online import schemes_to_run
@@ -197,6 +199,7 @@ async def _run_service(
             gc.collect()
             gc.freeze()  # the collector need not scan what lives as long as the server
             host.set_service(service)
+            _log_start(time.monotonic() - child.began, service.info.start_seconds)
             _announce(service, on_ready)
             await _trim_heap()
     except QtoolError as error:
@@ -210,6 +213,12 @@ def _bug(error: Exception) -> QtoolError:
     LOG.error("the server did not start", exc_info=error)
     message = f"the server did not start: {type(error).__name__}: {one_line(error)}"
     return QtoolError("E_BUG", message)
+
+
+def _log_start(whole_s: float, parts: Mapping[str, float]) -> None:
+    """Log how long the start took, part by part of the engine's; the rest is the server's."""
+    rest = whole_s - sum(parts.values())
+    LOG.info("started in %.1f s: %s", whole_s, breakdown({**parts, "rest": rest}))
 
 
 def _announce(service: Service, on_ready: Callable[[Service], None]) -> None:

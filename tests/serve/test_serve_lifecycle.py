@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -517,6 +518,8 @@ def test_an_open_server_warns_logs_no_prompts_and_ends_at_once_when_nothing_runs
     options = ("--host", "0.0.0.0", "--log-level", "debug", "--sampling-defaults", "openai")
     server = started(*options, model=greedy_model)
     assert "WARNING: anybody who can reach port" in server.said()
+    parts = r"started in \d+\.\d s: imports .*, plan .*, tokenizer .*, weights .*, fusing .*, rest "
+    wait_until(lambda: re.search(parts, server.said()), 5)
     assert (
         httpx.get(f"{server.url}/v1/models", headers={"host": "somewhere.example"}).status_code
         == 200

@@ -147,6 +147,7 @@ async def application(
         quantization="",
         kv_cache_dtype="float32",
         weights_bytes=1,
+        start_seconds={},
     )
     given = ServeSettings(model_path=str(folder), max_queued_requests=1024, **settings)
     host = ServiceHost(given)

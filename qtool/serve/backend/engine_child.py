@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from typing import Self
 
 from qtool.serve.backend.messages import Start, encode
@@ -32,6 +33,7 @@ class EngineChild:
             options=vars(settings.engine_config),
             log_level=settings.log_level.upper(),
         )
+        self.began = time.monotonic()
         self.connection, theirs = socket.socketpair()
         """For messages; the engine ends when it is closed."""
         command = [sys.executable, "-m", "qtool.serve.backend.engine_process", str(theirs.fileno())]

@@ -21,6 +21,7 @@ from qtool.checkpoint.temporary import remove_temporary_folders
 from qtool.devices import AUTO, start_driver
 from qtool.engine.config import EngineConfig
 from qtool.engine.outputs import CompletionOutput, Output
+from qtool.engine.stopwatch import Stopwatch
 from qtool.errors import QtoolError, ResourceError, one_line
 from qtool.imports import skip_unused
 from qtool.memory import memory_error, no_collection
@@ -247,7 +248,7 @@ def _stats(engine: Engine) -> EngineStats:
     )
 
 
-def _engine_info(engine: Engine) -> EngineInfo:
+def _engine_info(engine: Engine, start_seconds: dict[str, float]) -> EngineInfo:
     from qtool.engine.attention.pages import PAGE
 
     runner = engine.loop.runner
@@ -271,6 +272,7 @@ def _engine_info(engine: Engine) -> EngineInfo:
         quantization=_schemes(model),
         kv_cache_dtype=str(runner.cache_dtype).removeprefix("torch."),
         weights_bytes=sum(sizes.values()),
+        start_seconds=start_seconds,
         encoding=engine.encoding,
     )
 
@@ -341,11 +343,13 @@ def main(descriptor: int) -> None:
     skip_unused()
     start_driver(str(start.options.get("device") or AUTO))
     try:
+        log_time = Stopwatch()
         _redirect_transformers_log()
         with no_collection(keep=True):
             from qtool.engine.engine import Engine
+        log_time("imports", "libraries imported")
         engine = Engine(start.model_path, **start.options)
-        info = _engine_info(engine)
+        info = _engine_info(engine, log_time.seconds | engine.start_seconds)
     except Exception as error:
         server.send(Failed(wire_error(_start_error(error, start))))
     else:

@@ -98,6 +98,8 @@ class EngineInfo:
     """The schemes of the layers; empty for a model that is not quantized."""
     kv_cache_dtype: str
     weights_bytes: int
+    start_seconds: dict[str, float]
+    """How long each part of its start took."""
     encoding: Encoding | None = None
     """What the model returns for a prompt; None: it continues it."""
 
