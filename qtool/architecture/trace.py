@@ -42,7 +42,7 @@ def trace_linears(model: PreTrainedModel) -> Trace:
         if isinstance(module, nn.Linear)
     ]
     try:
-        _run_without_data(model)
+        _run_without_data(model, forget=calls.names.clear)
     finally:
         for handle in handles:
             handle.remove()
@@ -86,28 +86,49 @@ def trace_norms(model: PreTrainedModel) -> dict[str, list[str]]:
         elif own:
             handles.append(module.register_forward_pre_hook(note_reader(name), with_kwargs=True))
     try:
-        _run_without_data(model)
+        _run_without_data(model, forget=readers.clear)
     finally:
         for handle in handles:
             handle.remove()
     return readers
 
 
-def _run_without_data(model: PreTrainedModel) -> None:
-    """Run ``model`` on two tokens, its weights replaced by tensors without data."""
+def _run_without_data(model: PreTrainedModel, *, forget: Callable[[], None]) -> None:
+    """Run ``model``, which is on the meta device, on two tokens; where it does not run there, call
+    ``forget`` and run it with fake tensors, which takes ten times as long.
+    """
     experts = getattr(model.config, "_experts_implementation", None)
     try:
         model.config._experts_implementation = "batched_mm"  # the one that does not look at data
-        with torch.no_grad(), FakeTensorMode():
-            # on the CPU: on the meta device transformers looks for data in its masks
-            state = {
-                name: torch.empty(tensor.shape, dtype=tensor.dtype)
-                for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers())
-            }
-            tokens = torch.zeros(1, 2, dtype=torch.long)
-            functional_call(model, state, (), {"input_ids": tokens, "use_cache": False})
+        with torch.no_grad():
+            try:
+                _run_on_meta(model)
+            except Exception:  # the code of any architecture
+                forget()
+                _run_on_fake_tensors(model)
     finally:
         model.config._experts_implementation = experts
+
+
+def _run_on_meta(model: PreTrainedModel) -> None:
+    with torch.device("meta"):
+        tokens = torch.zeros(1, 2, dtype=torch.long)
+        # with a whole mask: to make one, transformers looks at data
+        mask = torch.zeros(1, 1, 2, 2)
+        model(input_ids=tokens, attention_mask=mask, use_cache=False)
+
+
+def _run_on_fake_tensors(model: PreTrainedModel) -> None:
+    """Run ``model`` with weights that claim to be on the CPU: of these transformers knows that they
+    have no data.
+    """
+    with FakeTensorMode():
+        state = {
+            name: torch.empty(tensor.shape, dtype=tensor.dtype)
+            for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers())
+        }
+        tokens = torch.zeros(1, 2, dtype=torch.long)
+        functional_call(model, state, (), {"input_ids": tokens, "use_cache": False})
 
 
 class _Calls:
