@@ -43,6 +43,7 @@ from qtool.engine.sglang_names import check_other, engine_options
 from qtool.engine.start import decide_start, eos_ids_of, plan_engine
 from qtool.engine.stopwatch import Stopwatch
 from qtool.engine.vectors import check_dimensions
+from qtool.memory import no_collection
 from qtool.options import keywords_of, make_options
 from qtool.runtime.compiling import warn_of_version
 from qtool.runtime.load import materialize
@@ -66,7 +67,8 @@ class Engine(ScoringMethods):
         config = make_options(EngineConfig, engine_options(options, known))
         checkpoint = open_checkpoint(resolve_model(os.fspath(model_path), revision=config.revision))
         log_time = Stopwatch()
-        plan = plan_engine(checkpoint, config)
+        with no_collection():
+            plan = plan_engine(checkpoint, config)
         log_time("plan", "layers planned")
         self._open(plan, config, log_time)
 
@@ -88,7 +90,8 @@ class Engine(ScoringMethods):
     def _open(self, plan: LoadPlan, config: EngineConfig, log_time: Stopwatch) -> None:
         """Load the weights and start the loop."""
         device = plan.device
-        start = decide_start(plan, config)
+        with no_collection():
+            start = decide_start(plan, config)
         warn_of_version(device)
         self.tokenizer = start.tokenizer
         log_time("tokenizer", "tokenizer loaded")
