@@ -4,17 +4,20 @@ pieces of prompts.
 
 from __future__ import annotations
 
+import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qtool.engine.attention.pages import Expanded, pairs_saved
+from qtool.engine.layer_kinds import repeats, without
 from qtool.engine.scheduler import Limits
 from qtool.engine.step import Step
 from qtool.engine.step_buffer import (
@@ -43,6 +46,7 @@ GRAPH_DECODE_BATCHES = (0, 64, 256)
 # Pieces of prompts in it, at most.
 MAX_GRAPH_CHUNKS = 8
 
+LOG = logging.getLogger("qtool.engine")
 Result = TypeVar("Result")
 NOTHING = Step(chunks=[], decodes=0, updates=[])
 
@@ -261,6 +265,7 @@ class CudaGraphs:
         decode: Callable[[StepInputs[Tensor]], tuple[Tensor, Tensor]],
         prompts: Callable[[StepInputs[Tensor], PromptShape], Tensor],
         device: torch.device,
+        layers: Sequence[nn.Module],
     ) -> None:
         """Capture all graphs, the largest first. Where the model's code does not allow it or memory
         ends, some or all are missing, and a warning says so.
@@ -269,18 +274,20 @@ class CudaGraphs:
             decode: runs a decode step; returns logits [size, V] and tokens [size].
             prompts: runs a step with prompts; returns the logits [R, V] of the kept tokens.
             device: a CUDA device.
+            layers: the decoder layers that both run.
         """
-        record = Recorder(device)
+        record = Recorder(device, layers)
         try:
             for size in reversed(self._sizes):
                 inputs = self.fill_decode(NOTHING, size)
-                graph, (logits, tokens) = record(partial(decode, inputs))
+                run = partial(decode, inputs)
+                graph, (logits, tokens) = record(run, whole=not self.decode)
                 self.decode[size] = DecodeGraph(graph, logits, tokens)
             self.kept_logits = logits.new_empty(self._kept_rows, logits.shape[1])
             for shape in sorted(self._shapes, key=_cost, reverse=True):
                 inputs = self.fill_prompts(NOTHING, shape)
-                run = partial(self.keep_logits, prompts, inputs, shape)
-                self.prompts[shape], _ = record(run)
+                keep = partial(self.keep_logits, prompts, inputs, shape)
+                self.prompts[shape], _ = record(keep, whole=not self.prompts)
         except torch.OutOfMemoryError:
             wanted = len(self._sizes) + len(self._shapes)
             warnings.warn(
@@ -337,23 +344,53 @@ def _wait_for_device() -> None:
 
 
 class Recorder:
-    """Captures graphs that share a memory pool."""
+    """Captures graphs that share a memory pool.
 
-    def __init__(self, device: torch.device) -> None:
+    ``layers``: those that run in them.
+    """
+
+    def __init__(self, device: torch.device, layers: Sequence[nn.Module] = ()) -> None:
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._layers = layers
+        self._repeated = repeats(layers)
 
-    def __call__(self, run: Callable[[], Result]) -> tuple[torch.cuda.CUDAGraph, Result]:
-        """Return the graph of what ``run`` does, and its result, which replays write again."""
+    def __call__(
+        self, run: Callable[[], Result], *, whole: bool = True
+    ) -> tuple[torch.cuda.CUDAGraph, Result]:
+        """Return the graph of what ``run`` does, and its result, which replays write again.
+
+        Args:
+            run: launches what the graph does.
+            whole: whether the pass before, in which all that it launches is loaded, runs the layers
+                that repeat others too.
+        """
+        if whole or not self._repeated:
+            return self._capture(run, nullcontext())
+        try:
+            return self._capture(run, without(self._repeated, self._layers))
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            LOG.debug("all layers run before CUDA graphs are captured: %s", one_line(error))
+            self._repeated = {}
+            # a failed capture may leave the other in use
+            self._pool = torch.cuda.graph_pool_handle()
+            return self._capture(run, nullcontext())
+
+    def _capture(
+        self, run: Callable[[], Result], shortened: AbstractContextManager[None]
+    ) -> tuple[torch.cuda.CUDAGraph, Result]:
         stream = self._stream
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            run()  # what compiles at first use does so now
-        torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        # thread_local: another engine may be running in another thread
-        with torch.cuda.graph(
-            graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"
-        ):
-            result = run()
+        with torch.cuda.stream(stream):  # also ends when a capture fails
+            with shortened:
+                run()  # what is loaded at its first launch is loaded now
+            # thread_local: another engine may be running in another thread
+            with torch.cuda.graph(
+                graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"
+            ):
+                result = run()
+        torch.cuda.current_stream().wait_stream(stream)
         return graph, result

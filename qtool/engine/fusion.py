@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -27,6 +27,7 @@ from qtool.engine.attention.pages import (
 from qtool.engine.decoder_layers import FusedLayer, layout_of
 from qtool.engine.fused_attention import Angles, RotaryMismatch
 from qtool.engine.kv_cache import allocate_pages, allocate_states
+from qtool.engine.layer_kinds import kind_of, repeats, without
 from qtool.engine.norms import (
     ROUNDED_TOLERANCE,
     TOLERANCE,
@@ -39,7 +40,6 @@ from qtool.engine.norms import (
 from qtool.engine.routers import fuse_routers
 from qtool.errors import one_line
 from qtool.runtime.causal_lm import CausalLM, Decoder
-from qtool.runtime.compiling import compile_in_parallel
 from qtool.runtime.experts.grouped import ExpertsStandIn, GroupedExperts
 from qtool.runtime.kernels import current
 from qtool.runtime.linear import FusedLinear, QuantizedLinear, SharedInput
@@ -92,14 +92,53 @@ def fuse(model: CausalLM) -> bool:
     return True
 
 
+def compile_ahead(model: CausalLM, run_steps: Callable[[], object]) -> frozenset[Hashable]:
+    """Launch what `fuse` will launch, and call ``run_steps`` while the layers of ``model`` are such
+    as it may make of them: for kernels to be compiled, as numbers do not count here. The model
+    stays as it is.
+
+    Returns: the kinds of the layers that ``run_steps`` ran on; none if the code of the model or of
+        a step failed.
+    """
+    decoder = model.get_decoder()
+    before = decoder.layers, decoder.norm
+    layers = list(decoder.layers)
+    device = next(iter(model.parameters())).device
+    repeated = repeats(layers)
+    try:
+        with torch.no_grad(), current(device):
+            with without(repeated, layers):
+                seen = _dry_run(decoder, device)
+            fused = [
+                layer if number in repeated else _unproven(layer, seen)
+                for number, layer in enumerate(layers)
+            ]
+            decoder.layers, decoder.norm = nn.ModuleList(fused), Norm.of(decoder.norm)
+            with without(repeated, fused):
+                run_steps()
+        return frozenset(kind_of(layer) for layer in fused if isinstance(layer, FusedLayer))
+    except Exception as error:  # the code of an architecture may raise anything
+        LOG.debug("kernels are compiled when they are launched first: %s", one_line(error))
+        return frozenset()
+    finally:
+        decoder.layers, decoder.norm = before
+
+
+def _unproven(layer: nn.Module, seen: DryRun) -> FusedLayer:
+    """Return ``layer`` fused, after what `_proven` launches to prove it."""
+    check = _check_of(layer, seen)
+    for angles in ANGLES:
+        with suppress(RotaryMismatch):
+            for kinds in ((QuantizedLinear, GroupedExperts), (GroupedExperts,)):
+                with stand_ins(layer, *kinds):
+                    check(angles=angles)
+            return FusedLayer(layer, seen.geometry[_index(layer)], angles=angles)
+    raise NotFused("no angles fit")
+
+
 def _fuse(decoder: Decoder, device: torch.device) -> None:
     layers = list(decoder.layers)
     norm = Norm.of(decoder.norm)
-    with compile_in_parallel(device):
-        compiled = _dry_run(decoder, device)
-        for layer in (layers[0], layers[-1]):  # a mixture's first layers may be dense
-            with suppress(Exception):  # the proof meets it again
-                _check_of(layer, compiled)(angles=ANGLES[0])
     seen = _dry_run(decoder, device)
     fused = []
     for number, layer in enumerate(layers):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Hashable, Mapping, Sequence
+from contextlib import nullcontext, suppress
+from functools import partial
 from typing import Literal, cast
 
 import numpy as np
@@ -13,17 +14,18 @@ import torch
 from torch import Tensor, nn
 
 from qtool.engine import kv_cache
-from qtool.engine.attention.interface import NAME, Recording, recording, running
+from qtool.engine.attention.interface import running
 from qtool.engine.attention.latents import reserve_bytes
 from qtool.engine.attention.native_decode import decode_library
 from qtool.engine.attention.pages import PAGE, LayerCache, Packed, new_counters
 from qtool.engine.cuda_graphs import CudaGraphs, PromptShape
 from qtool.engine.delta_net import replace_delta_nets
-from qtool.engine.fusion import fuse
+from qtool.engine.fusion import compile_ahead, fuse
 from qtool.engine.in_flight import InFlightStep
 from qtool.engine.latent_attention import keep_latents
+from qtool.engine.layer_kinds import kind_of, run_short
 from qtool.engine.mtp import MtpDrafter
-from qtool.engine.requirements import HAND_OVER, check_by_numbers
+from qtool.engine.requirements import check_by_numbers, record_layers
 from qtool.engine.rotary import freeze_rotary
 from qtool.engine.sampler import Logprobs, Sampler, greedy, logprobs_of
 from qtool.engine.sampling_batch import History, RowRequest
@@ -86,33 +88,28 @@ class Runner:
         experts = any(isinstance(module, ExpertStack) for module in model.modules())
         wants_graphs = cuda_graphs and device.type == "cuda" and not experts
         columns = -(-limits.context_length // PAGE)
+        self._eager_prefill = compiled == "decode"
+        self.cache_dtype = model.dtype if cache_scales is None else torch.float8_e4m3fn
+        scales = cache_scales or {}
         with torch.inference_mode(), current(device):
             self._make_buffers(columns)
-            self._prepare_model(compiled)
+            freeze_rotary(model, limits.context_length)
+            replace_delta_nets(model)
+            keep_latents(model)
+            with compile_in_parallel(device):
+                self.geometry = record_layers(model, self._mtp_layer)
+                self._make_caches(scales)
+                compiled_kinds = self._compile_ahead(graphs=wants_graphs)
+            is_fused = fuse(model)
+            check_by_numbers(model, self.geometry)
+            if not is_fused and compiled != "off":
+                for layer in self._layers:
+                    layer.compile(dynamic=True)
+            if self._mtp is not None:
+                decoder = cast(nn.Module, model.get_decoder())
+                decoder.register_forward_hook(self._mtp.keep_hidden)
             log_time("fusing", "layers fused")
-            self.keeps_latents = any(layer.keeps_latents for layer in self.geometry.layers)
-            self.graphs = CudaGraphs(limits, self.table, self.buffer, self.keeps_latents)
-            heads = max(layer.groups for layer in self.geometry.layers)
-            self._counters = new_counters(limits.most_decodes, heads, device)
-            self._mtp = self._make_drafter()
-            dtype = model.dtype if cache_scales is None else torch.float8_e4m3fn
-            self.cache_dtype = dtype
-            scales = cache_scales or {}
-            # the rows of sequences, and the one for padding
-            state_rows = len(self.table) + limits.snapshots
-            self.layers: dict[int, LayerCache] = {
-                **kv_cache.allocate_states(
-                    state_rows, self.geometry.states, model.dtype, device, limits.drafts
-                ),
-                **kv_cache.allocate_pages(0, self.geometry.layers, dtype, device, scales),
-            }
-            if self.geometry.states:
-                size = format_size(sum(each.nbytes for each in self.layers.values()))
-                counts = limits.max_running, limits.snapshots
-                LOG.info("the states of %d requests and %d snapshots take %s", *counts, size)
-            if cache_scales and self.keeps_latents:
-                LOG.warning("the scales of keys and values are not those of latents: 1.0 is used")
-            step_bytes = self._measure_step(graphs=wants_graphs)
+            step_bytes = self._measure_step(graphs=wants_graphs, compiled_kinds=compiled_kinds)
             step_bytes += reserve_bytes(self.geometry.layers, model.dtype)
             log_time("largest step", "largest step tried")
             if wants_graphs:
@@ -123,7 +120,7 @@ class Runner:
             room = kv_cache.cache_room(
                 device, static_share=static_share, step_bytes=step_bytes, budget=limits.token_budget
             )
-            self.page_bytes = kv_cache.page_bytes(self.geometry.layers, dtype)
+            self.page_bytes = kv_cache.page_bytes(self.geometry.layers, self.cache_dtype)
             self.page_count = kv_cache.count_pages(
                 room,
                 self.page_bytes,
@@ -132,10 +129,10 @@ class Runner:
                 device=device,
             )
             self.layers |= kv_cache.allocate_pages(
-                self.page_count, self.geometry.layers, dtype, device, scales
+                self.page_count, self.geometry.layers, self.cache_dtype, device, scales
             )
             if wants_graphs:
-                self.graphs.capture(self.decode, self.prefill, device)
+                self.graphs.capture(self.decode, self.prefill, device, self._layers)
                 if self._mtp is not None:
                     self._mtp.capture(self.layers, device)
                 decode, prompts = len(self.graphs.decode), len(self.graphs.prompts)
@@ -166,45 +163,33 @@ class Runner:
         # the token that each row sampled last
         self._last = torch.zeros(rows, dtype=torch.int32, device=device)
 
-    def _prepare_model(self, compiled: Literal["off", "decode", "all"]) -> None:
-        """Find out what the attention of each layer is, and fuse or compile the decoder layers."""
-        freeze_rotary(self.model, self.limits.context_length)
-        replace_delta_nets(self.model)
-        keep_latents(self.model)
-        self.geometry = self._record()
-        self._eager_prefill = compiled == "decode"
-        is_fused = fuse(self.model)
-        check_by_numbers(self.model, self.geometry)
-        if not is_fused and compiled != "off":
-            for layer in self.model.get_decoder().layers:
-                layer.compile(dynamic=True)
+    def _make_caches(self, scales: Mapping[int, tuple[float, float]]) -> None:
+        """Allocate what depends on what the layers keep; the KV cache has no pages yet."""
+        limits, device, dtype = self.limits, self.device, self.model.dtype
+        self.keeps_latents = any(layer.keeps_latents for layer in self.geometry.layers)
+        self.graphs = CudaGraphs(limits, self.table, self.buffer, self.keeps_latents)
+        heads = max(layer.groups for layer in self.geometry.layers)
+        self._counters = new_counters(limits.most_decodes, heads, device)
+        self._mtp: MtpDrafter | None = None  # what drafts after each step
+        if self._mtp_layer is not None:
+            self._mtp = MtpDrafter(self._mtp_layer, limits, self.table, self._counters)
+        # the rows of sequences, and the one for padding
+        state_rows = len(self.table) + limits.snapshots
+        states = kv_cache.allocate_states(
+            state_rows, self.geometry.states, dtype, device, limits.drafts
+        )
+        pages = kv_cache.allocate_pages(0, self.geometry.layers, self.cache_dtype, device, scales)
+        self.layers: dict[int, LayerCache] = {**states, **pages}
+        if self.geometry.states:
+            size = format_size(sum(each.nbytes for each in self.layers.values()))
+            counts = limits.max_running, limits.snapshots
+            LOG.info("the states of %d requests and %d snapshots take %s", *counts, size)
+        if scales and self.keeps_latents:
+            LOG.warning("the scales of keys and values are not those of latents: 1.0 is used")
 
-    def _make_drafter(self) -> MtpDrafter | None:
-        """Return what drafts after each step; None for a model without an MTP layer."""
-        if self._mtp_layer is None:
-            return None
-        drafter = MtpDrafter(self._mtp_layer, self.limits, self.table, self._counters)
-        cast(nn.Module, self.model.get_decoder()).register_forward_hook(drafter.keep_hidden)
-        return drafter
-
-    def _record(self) -> Recording:
-        """Return what each layer keeps, found by a dry pass."""
-        self.model.set_attn_implementation(NAME)
-        zero = torch.zeros(1, 1, dtype=torch.long, device=self.device)
-        with compile_in_parallel(self.device), recording() as found:
-            self.model(input_ids=zero, position_ids=zero, use_cache=False)
-            if (mtp := self._mtp_layer) is not None:
-                mtp(zero[0], mtp.embeddings(zero[0]), zero[0])
-        layers = self.model.config.get_text_config().num_hidden_layers + (mtp is not None)
-        if len(found.layers) + len(found.states) != layers or not found.layers:
-            message = (
-                f"{len(found.layers)} of the model's {layers} layers attend to a cache of keys "
-                f"and values, and {len(found.states)} keep a state that the engine manages"
-            )
-            if not found.layers:
-                message = "no layer of the model attends, and the engine needs one that does"
-            raise CheckpointRefused("E_ATTENTION", message, hint=HAND_OVER)
-        return found
+    @property
+    def _layers(self) -> list[nn.Module]:
+        return list(self.model.get_decoder().layers)
 
     def close(self) -> None:
         """Give the memory back."""
@@ -216,31 +201,46 @@ class Runner:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _measure_step(self, *, graphs: bool) -> int:
+    def _compile_ahead(self, *, graphs: bool) -> frozenset[Hashable]:
+        """Launch what a start launches, for kernels to be compiled; see `compile_ahead`."""
+        if self.device.type != "cuda":
+            return frozenset()
+
+        def run() -> None:
+            with suppress(CheckpointRefused):  # for numbers that do not count here
+                check_by_numbers(self.model, self.geometry)
+            self._try_steps(graphs=graphs)
+
+        return compile_ahead(self.model, run)
+
+    def _measure_step(self, *, graphs: bool, compiled_kinds: frozenset[Hashable]) -> int:
         """Return the bytes that the largest step needs besides weights and cache, found by running
-        it: prefill of new prompts on scratch pages.
+        it: prefill of new prompts on scratch pages. Compiles first what layers launch if they are
+        not of ``compiled_kinds``.
         """
         if self.device.type != "cuda":
             if self.model.dtype == torch.bfloat16:
                 decode_library()  # compiled now, and not while a request waits
             return 0
-        budget = self.limits.token_budget
-        sizes = [budget, *(min(tokens, budget) for tokens in WARM_UP_TOKENS)]
-        with compile_in_parallel(self.device):
-            for tokens in sizes:
-                self._try_step(tokens)
-            if graphs:
-                self.graphs.warm_up(self.decode, self.prefill)
+        if not compiled_kinds.issuperset(map(kind_of, self._layers)):
+            with compile_in_parallel(self.device):
+                run_short(self._layers, partial(self._try_steps, graphs=graphs))
         torch.cuda.synchronize(self.device)
         torch.cuda.empty_cache()
         before = torch.cuda.memory_allocated(self.device)
         torch.cuda.reset_peak_memory_stats(self.device)
-        for tokens in sizes:
-            self._try_step(tokens)
+        self._try_steps(graphs=False)
         torch.cuda.synchronize(self.device)
         peak = torch.cuda.max_memory_allocated(self.device) - before
         torch.cuda.empty_cache()
         return peak
+
+    def _try_steps(self, *, graphs: bool) -> None:
+        budget = self.limits.token_budget
+        for tokens in (budget, *WARM_UP_TOKENS):
+            self._try_step(min(tokens, budget))
+        if graphs:
+            self.graphs.warm_up(self.decode, self.prefill)
 
     def _try_step(self, tokens: int) -> None:
         """Run a step of ``tokens`` tokens of prompts, with all that a request can ask for."""

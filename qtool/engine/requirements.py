@@ -7,7 +7,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from qtool.engine.attention.interface import Recording
+from qtool.engine.attention.interface import NAME, Recording, recording
 from qtool.engine.attention.pages import LayerCache
 from qtool.engine.config import Speculation
 from qtool.engine.delta_net import has_delta_nets
@@ -18,6 +18,7 @@ from qtool.errors import CheckpointRefused
 from qtool.runtime.causal_lm import CausalLM
 from qtool.runtime.experts.grouped import GroupedExperts
 from qtool.runtime.load_plan import LoadPlan
+from qtool.runtime.mtp import MtpLayer
 
 HAND_OVER = "`--engine vllm` hands the checkpoint to vLLM"
 ATTENTION = frozenset({"full_attention", "sliding_attention", "attention", "mlp", "moe"})
@@ -52,6 +53,30 @@ def check_speculation(plan: LoadPlan, speculation: Speculation | None) -> None:
     if speculation and speculation.mtp and plan.mtp is None:
         message = f"{plan.checkpoint.source} was loaded without its MTP layer"
         raise CheckpointRefused("E_SPECULATION", message, hint="plan_load takes mtp=True")
+
+
+def record_layers(model: CausalLM, mtp: MtpLayer | None) -> Recording:
+    """Let ``model`` use the engine's attention, and return what each layer keeps, ``mtp`` too if it
+    has one, found by a dry pass.
+
+    Raises: CheckpointRefused, unless all layers attend or keep a state that the engine manages.
+    """
+    model.set_attn_implementation(NAME)
+    zero = torch.zeros(1, 1, dtype=torch.long, device=next(iter(model.parameters())).device)
+    with recording() as found:
+        model(input_ids=zero, position_ids=zero, use_cache=False)
+        if mtp is not None:
+            mtp(zero[0], mtp.embeddings(zero[0]), zero[0])
+    layers = model.config.get_text_config().num_hidden_layers + (mtp is not None)
+    if len(found.layers) + len(found.states) != layers or not found.layers:
+        message = (
+            f"{len(found.layers)} of the model's {layers} layers attend to a cache of keys "
+            f"and values, and {len(found.states)} keep a state that the engine manages"
+        )
+        if not found.layers:
+            message = "no layer of the model attends, and the engine needs one that does"
+        raise _refused(message)
+    return found
 
 
 def check_by_numbers(model: CausalLM, geometry: Recording) -> None:
