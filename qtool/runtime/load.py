@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import sys
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
@@ -79,19 +80,29 @@ def materialize(plan: LoadPlan, *, on_progress: OnProgress | None = None) -> Cau
     """
     for warning in plan.warnings:
         warnings.warn(warning, RuntimeWarning, stacklevel=3)
-    with ThreadPoolExecutor(READERS) as pool, current(plan.device):
-        model = _load_unquantized(plan, pool)
-        stacks = ExpertStacks(plan.experts)
+    stacks = ExpertStacks(plan.experts)
+    with _readers() as pool, current(plan.device):
+        names = _unquantized_names(plan)
+        reading = [pool.submit(read_checked, plan, name) for name in names]
+        model: CausalLM | None = None
+        built: list[tuple[str, nn.Module]] = []
         for done, (group, raw) in enumerate(_read_ahead(plan, pool), 1):
             for target, module in build_modules(plan, group, raw):
                 if target.parameter:
                     stacks.add(target, module)
                 elif isinstance(module, nn.Module):
-                    model.set_submodule(target.module, module)
-            stacks.install_complete(model)
+                    built.append((target.module, module))
+            # until the unquantized weights are there, layers are built that will be put in
+            if model is None and all(tensor.done() for tensor in reading):
+                model = _make_model(plan, names, reading)
+            if model is not None:
+                _put_in(model, built, stacks)
             _trim_heap()
             if on_progress:
                 on_progress(done, len(plan.groups))
+        if model is None:
+            model = _make_model(plan, names, reading)
+            _put_in(model, built, stacks)
         for source in plan.unquantized_experts:
             stacks.add(source.target, build_unquantized(plan, source))
     stacks.install(model)
@@ -100,25 +111,53 @@ def materialize(plan: LoadPlan, *, on_progress: OnProgress | None = None) -> Cau
     return model if plan.encoding is None else make_encoder(plan, model)
 
 
-def _load_unquantized(plan: LoadPlan, pool: ThreadPoolExecutor) -> CausalLM:
-    """Return the model with its unquantized weights; the other layers are still to be put in."""
-    checkpoint, skeleton = plan.checkpoint, plan.skeleton
+@contextlib.contextmanager
+def _readers() -> Iterator[ThreadPoolExecutor]:
+    """Threads that read tensors; after an error they read no more of them."""
+    with ThreadPoolExecutor(READERS) as pool:
+        try:
+            yield pool
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _put_in(model: CausalLM, built: list[tuple[str, nn.Module]], stacks: ExpertStacks) -> None:
+    """Put the modules of ``built``, which is emptied, and complete stacks in their places."""
+    for name, module in built:
+        model.set_submodule(name, module)
+    built.clear()
+    stacks.install_complete(model)
+
+
+def _unquantized_names(plan: LoadPlan) -> list[str]:
+    """Return the names of the tensors that the model takes as they are."""
     built_later = {
         f"{source.name}.{suffix}" for source in plan.sources for suffix in ("weight", "bias")
     }
-    names = [
+    return [
         name
-        for name in formats.unquantized_tensors(checkpoint, plan.layout)
-        if name not in built_later and skeleton.is_loaded(name)
+        for name in formats.unquantized_tensors(plan.checkpoint, plan.layout)
+        if name not in built_later and plan.skeleton.is_loaded(name)
     ]
-    tensors = pool.map(lambda name: read_checked(plan, name), names)
+
+
+def _make_model(
+    plan: LoadPlan, names: Sequence[str], reading: list[Future[torch.Tensor]]
+) -> CausalLM:
+    """Return the model with its unquantized weights, ``names``; the other layers are still to be
+    put in. Empties ``reading``.
+    """
+    tensors = [tensor.result() for tensor in reading]
+    reading.clear()
     state = dict(zip(names, tensors, strict=True)) | dequantized_weights(plan)
     state |= stacked_biases(
         ((source.name, source.target) for source in plan.sources),
         lambda name: read_checked(plan, name),
-        checkpoint.tensors,
+        plan.checkpoint.tensors,
     )
-    return skeleton.materialize({source.target for source in plan.sources}, state, plan.device)
+    del tensors
+    return plan.skeleton.materialize({source.target for source in plan.sources}, state, plan.device)
 
 
 def _trim_heap() -> None:
