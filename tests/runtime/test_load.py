@@ -7,6 +7,7 @@ import io
 import json
 import subprocess
 import sys
+import threading
 import warnings
 from collections import Counter
 
@@ -23,6 +24,7 @@ from qtool.cli import output
 from qtool.cli.app import run
 from qtool.errors import CheckpointRefused, ResourceError, UsageError
 from qtool.evaluation.perplexity import load_dequantized, perplexity
+from qtool.runtime import load as loading
 from qtool.runtime.kernels import KERNELS, cached_choice
 from qtool.runtime.linear import FusedLinear, QuantizedLinear
 from qtool.runtime.load import load
@@ -301,6 +303,27 @@ def test_a_quantized_head_of_tied_embeddings_is_a_head_of_its_own(tmp_path):
         model = load(tmp_path / "out", device="cpu")
         assert isinstance(model.lm_head, QuantizedLinear)
         assert torch.equal(model.model.embed_tokens.weight, embedding)
+
+
+def test_layers_are_built_while_a_large_unquantized_tensor_is_read(monkeypatch):
+    read, built = loading.read_checked, threading.Event()
+
+    def read_late(plan, name):
+        if name == "model.embed_tokens.weight":
+            assert built.wait(60)
+        return read(plan, name)
+
+    def on_progress(done: int, _: int) -> None:
+        if done == 3:
+            built.set()
+
+    monkeypatch.setattr(loading, "read_checked", read_late)
+    monkeypatch.setattr(loading, "READERS", 2)
+    options = {"device": "cpu", "quantization": "fp8wo"}
+    model = load(EXAMPLE, **options, on_progress=on_progress)
+    again = load(EXAMPLE, **options)
+    assert built.is_set() and fused(model) == fused(again)
+    assert distance(model, again) == 0
 
 
 MEMORY = """
