@@ -45,7 +45,7 @@ from qtool.engine.stopwatch import Stopwatch
 from qtool.engine.vectors import check_dimensions
 from qtool.memory import no_collection
 from qtool.options import keywords_of, make_options
-from qtool.runtime.compiling import warn_of_version
+from qtool.runtime.compiling import hash_compiler, warn_of_version
 from qtool.runtime.load import materialize
 from qtool.runtime.load_plan import LoadPlan
 
@@ -93,6 +93,7 @@ class Engine(ScoringMethods):
         with no_collection():
             start = decide_start(plan, config)
         warn_of_version(device)
+        hash_compiler(device)
         self.tokenizer = start.tokenizer
         log_time("tokenizer", "tokenizer loaded")
         model = materialize(plan)

@@ -75,7 +75,7 @@ def record_layers(model: CausalLM, mtp: MtpLayer | None) -> Recording:
         )
         if not found.layers:
             message = "no layer of the model attends, and the engine needs one that does"
-        raise _refused(message)
+        raise CheckpointRefused("E_ATTENTION", message, hint=HAND_OVER)
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -29,6 +30,19 @@ def log_compiles(device: torch.device) -> None:
         from qtool.runtime.triton import parallel_compile
 
         parallel_compile.log_compiles()
+
+
+def hash_compiler(device: torch.device) -> None:
+    """Let Triton hash its own files in a thread, while there is other work. Its cache on disk goes
+    by the hash, which takes 0.3 s.
+    """
+    if device.type != "cuda":
+        return
+    import triton.runtime.cache
+
+    key = getattr(triton.runtime.cache, "triton_key", None)  # not in all versions; keeps its result
+    if key is not None:
+        threading.Thread(target=key, name="qtool-triton-key", daemon=True).start()
 
 
 def warn_of_version(device: torch.device) -> None:
