@@ -23,7 +23,7 @@ from qtool.engine.triton_delta_state import ANY_VALUE, begin, bounds, kept_chann
 TOGETHER = 64  # tokens of a step
 VALUES = 64  # of a head, in a program that goes from state to state
 WARPS = 4
-STAGES = 2  # of a program that goes from state to state, with numbers of 16 bits
+STAGES = 2  # of a program that goes from state to state, where shared memory holds them
 
 
 def add_chunks(
@@ -50,7 +50,8 @@ def add_chunks(
     inverses = mixed.new_empty(tokens, heads, 2, TOGETHER)
     seen = mixed.new_empty(tokens, heads, TOGETHER)
     scales = b.new_empty(tokens, heads, 3, dtype=torch.float32)
-    is_wide = mixed.dtype == torch.float32
+    key_padded = max(16, triton.next_power_of_2(shape.key_width))
+    row_bytes = key_padded * mixed.itemsize
     shared = {
         "mixed": mixed,
         "keys": keys,
@@ -63,10 +64,10 @@ def add_chunks(
         "SHARED": shape.shared,
         "KEYS": shape.key_heads * shape.key_width,
         "K": shape.key_width,
-        "K_PADDED": max(16, triton.next_power_of_2(shape.key_width)),
+        "K_PADDED": key_padded,
         "TOGETHER": TOGETHER,
         # numbers of 16 bits have fewer digits than tf32
-        "PRECISION": "tf32x3" if is_wide else "tf32",
+        "PRECISION": "tf32x3" if mixed.dtype == torch.float32 else "tf32",
     }
     steps = heads, triton.cdiv(packed.longest, TOGETHER), chunks
     alone = {
@@ -91,7 +92,7 @@ def add_chunks(
         V=shape.value_width,
         INPUTS=states.conv_state.shape[1],
         VALUES=width,
-        STAGES=STAGES if is_hopper(mixed.device) and not is_wide else 1,
+        STAGES=STAGES if is_hopper(mixed.device) and row_bytes <= 256 else 1,
         **kept_channels(qkv, shape, parts),
         **shared,
         num_warps=WARPS,
