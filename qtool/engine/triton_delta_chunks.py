@@ -1,10 +1,10 @@
 """Chunks of gated delta nets in Triton, `TOGETHER` tokens at a time.
 
 The values that these tokens write depend on each other and on the state before them: u = (1 + L)^-1
-rate (v - D k S), with the triangular L of `delta_rule`. The inverse does not need the state. So one
-kernel computes it for all tokens in parallel, times what it is applied to; another goes from state
-to state with four products for each step. Source: Yang et al. 2024, *Parallelizing Linear
-Transformers with the Delta Rule over Sequence Length*, arXiv:2406.06484.
+rate (v - D k S), with the triangular L of `delta_rule`. Neither the inverse needs the state, nor
+how much each query sees of u: two kernels compute these for all tokens in parallel, then one goes
+from state to state. Source: Yang et al. 2024, *Parallelizing Linear Transformers with the Delta
+Rule over Sequence Length*, arXiv:2406.06484.
 """
 
 # ruff: noqa: N803 (constants of a Triton kernel are written in capitals)
@@ -54,10 +54,6 @@ def add_chunks(
     row_bytes = key_padded * mixed.itemsize
     shared = {
         "mixed": mixed,
-        "keys": keys,
-        "inverses": inverses,
-        "seen": seen,
-        "scales": scales,
         "starts": packed.starts,
         "decodes": packed.decodes,
         "C": mixed.shape[1],
@@ -68,17 +64,19 @@ def add_chunks(
         "TOGETHER": TOGETHER,
         # numbers of 16 bits have fewer digits than tf32
         "PRECISION": "tf32x3" if mixed.dtype == torch.float32 else "tf32",
+        "num_warps": WARPS,
     }
     steps = heads, triton.cdiv(packed.longest, TOGETHER), chunks
-    alone = {
+    decays = {
         "a": a,
         "stride_a": a.stride(0),
         "decay": weights.decay,
         "dt_bias": weights.dt_bias,
         "EPSILON": EPSILON,
     }
-    _solve[steps](b=b, stride_b=b.stride(0), **alone, **shared, num_warps=WARPS)
-    _look[steps](**alone, **shared, num_warps=WARPS)
+    solved, looked = {"keys": keys, "inverses": inverses}, {"seen": seen, "scales": scales}
+    _solve[steps](b=b, stride_b=b.stride(0), **decays, **solved, **shared)
+    _look[steps](**decays, **looked, **shared)
     width = min(VALUES, max(16, triton.next_power_of_2(shape.value_width)))
     parts = triton.cdiv(shape.value_width, width)
     _add_chunks[(chunks, heads, parts)](
@@ -94,8 +92,9 @@ def add_chunks(
         VALUES=width,
         STAGES=STAGES if is_hopper(mixed.device) and row_bytes <= 256 else 1,
         **kept_channels(qkv, shape, parts),
+        **solved,
+        **looked,
         **shared,
-        num_warps=WARPS,
     )
 
 
@@ -108,8 +107,6 @@ def _solve(  # type: ignore[no-untyped-def]
     dt_bias,
     keys,
     inverses,
-    seen,
-    scales,
     starts,
     decodes,
     stride_b,
@@ -163,8 +160,6 @@ def _look(  # type: ignore[no-untyped-def]
     a,
     decay,
     dt_bias,
-    keys,
-    inverses,
     seen,
     scales,
     starts,
@@ -297,7 +292,7 @@ def _add_chunks(  # type: ignore[no-untyped-def]
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Go through the steps of a chunk, which `_solve` has prepared, with some values of a head."""
+    """Go through the steps of a chunk with some values of a head."""
     head, part = tl.program_id(1), tl.program_id(2)
     heads = tl.num_programs(1)
     first, end = bounds(starts, decodes + tl.program_id(0), decodes)
