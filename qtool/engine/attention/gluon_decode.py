@@ -34,7 +34,7 @@ WARPS = 8  # of all sequences and KV heads, for each multiprocessor
 # To add parts, a program takes so many channels of the values, or fewer if it has many parts.
 CHANNELS = 128
 # With at most so many sequences times KV heads, more programs take fewer channels each.
-FEW_PROGRAMS = 64
+FEW_PROGRAMS = 128
 FEW_CHANNELS = 32
 SUM_WARPS = 4
 NUMBERS = 64 * 32 * SUM_WARPS  # of all parts that a program adds, at most: 64 of a thread
@@ -361,32 +361,29 @@ def _sum_parts(  # type: ignore[no-untyped-def]
 ):
     """Add ``WIDTH`` numbers of the values of a sequence's parts, of which there are at most
     ``TOGETHER``.
-
-    All is read at once, also what no part has written, rather than after the position.
     """
     start_early(PDL)
     head, token = tl.program_id(0), tl.program_id(1)
-    last = tl.load(positions + token)
+    steps = tl.load(positions + token) // KEYS + 1
+    count = tl.maximum(tl.minimum(parts, steps // least), 1)
     group = token.to(tl.int64) * tl.num_programs(0) + head
     tops = sums + tl.num_programs(1).to(tl.int64) * tl.num_programs(0) * parts * SHARED
     index, member = tl.arange(0, TOGETHER), tl.arange(0, SHARED_PADDED)
     dv = tl.program_id(2) * WIDTH + tl.arange(0, WIDTH)
     there = (group * parts + index)[:, None] * SHARED + member[None, :]
-    exists = (index < parts)[:, None] & (member < SHARED)[None, :]
-    top = tl.load(tops + there, mask=exists, other=0.0, cache_modifier=".cg")
-    total = tl.load(sums + there, mask=exists, other=1.0, cache_modifier=".cg")
+    exists = (index < count)[:, None] & (member < SHARED)[None, :]
+    top = tl.load(tops + there, mask=exists, other=float("-inf"), cache_modifier=".cg")
+    total = tl.load(sums + there, mask=exists, other=0.0, cache_modifier=".cg")
     acc = tl.load(
         partial + there[:, :, None] * DV + dv[None, None, :],
         mask=exists[:, :, None],
         other=0.0,
         cache_modifier=".cg",
     )
-    count = tl.maximum(tl.minimum(parts, (last // KEYS + 1) // least), 1)
-    written = (index < count)[:, None]
-    top = tl.where(written, top, float("-inf"))
-    weight = tl.exp2(top - tl.max(top, 0)[None, :])
-    total = tl.sum(tl.where(written, total, 0.0) * weight, 0)
-    acc = tl.sum(tl.where(written[:, :, None], acc, 0.0) * weight[:, :, None], 0)
+    largest = tl.where(member < SHARED, tl.max(top, 0), 0.0)
+    weight = tl.exp2(top - largest[None, :])
+    total = tl.sum(total * weight, 0)
+    acc = tl.sum(acc * weight[:, :, None], 0)
     result = (acc * (v_scale / total)[:, None]).to(out.dtype.element_ty)
     tl.store(
         out + (group * SHARED + member[:, None]) * DV + dv[None, :],

@@ -33,6 +33,7 @@ ANY_VALUE = {
         "positions",
         "starts",
         "contexts",
+        "partial",
         "sums",
         "arrived",
     ],
