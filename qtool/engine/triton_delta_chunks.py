@@ -48,8 +48,9 @@ def add_chunks(
     chunks = packed.starts.numel() - 1
     keys = mixed.new_empty(tokens, heads, shape.key_width)
     inverses = mixed.new_empty(tokens, heads, 2, TOGETHER)
-    seen = mixed.new_empty(tokens, heads, TOGETHER)
-    scales = b.new_empty(tokens, heads, 3, dtype=torch.float32)
+    # what equal keys write cancels out, where fewer digits would show
+    seen = mixed.new_empty(tokens, heads, TOGETHER, dtype=torch.float32)
+    scales = mixed.new_empty(tokens, heads, 3, dtype=torch.float32)
     key_padded = max(16, triton.next_power_of_2(shape.key_width))
     row_bytes = key_padded * mixed.itemsize
     shared = {
@@ -148,8 +149,9 @@ def _solve(  # type: ignore[no-untyped-def]
     high, low = _parts(inverse, inverses.dtype.element_ty)
     tl.store(of_inverse, high, mask=exists[:, None])
     tl.store(of_inverse + TOGETHER, low, mask=exists[:, None])
-    weight = (inverse * (k_scale * tl.exp(total))[None, :]).to(k.dtype)
-    result = tl.dot(weight, k, input_precision=PRECISION)
+    high, low = _parts(inverse * (k_scale * tl.exp(total))[None, :], k.dtype)
+    result = tl.dot(high, k, input_precision=PRECISION)
+    result = tl.dot(low, k, result, input_precision=PRECISION)
     pointers = keys + own[:, None] * K + i[None, :]
     tl.store(pointers, result.to(keys.dtype.element_ty), mask=is_key)
 
@@ -197,7 +199,7 @@ def _look(  # type: ignore[no-untyped-def]
     weight = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     weight *= _since(total, n) * q_scale[:, None] * k_scale[None, :]
     of_seen = seen + own[:, None] * TOGETHER + n[None, :]
-    tl.store(of_seen, weight.to(seen.dtype.element_ty), mask=exists[:, None])
+    tl.store(of_seen, weight, mask=exists[:, None])
     of_scale = scales + own * 3
     tl.store(of_scale, q_scale * tl.exp(total), mask=exists)
     tl.store(of_scale + 1, k_scale * tl.exp(last - total), mask=exists)
@@ -350,7 +352,7 @@ def _add_chunks(  # type: ignore[no-untyped-def]
         new = tl.dot(rest, v, new, input_precision=PRECISION)
         written = new - tl.dot(taken, held, input_precision=PRECISION)
         result = tl.dot(q, held, input_precision=PRECISION) * q_scale[:, None]
-        result = tl.dot(weight, written.to(k.dtype), result, input_precision=PRECISION)
+        result = tl.dot(weight, written, result, input_precision=PRECISION)
         pointers = out + own[:, None] * V + j[None, :]
         tl.store(pointers, result.to(out.dtype.element_ty), mask=is_value)
         left, rest = _parts(written * k_scale[:, None], k.dtype)
