@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from qtool.engine.attention.pages import Expanded, pairs_saved
-from qtool.engine.layer_kinds import repeats, without
+from qtool.engine.layer_kinds import repeats, skipping
 from qtool.engine.scheduler import Limits
 from qtool.engine.step import Step
 from qtool.engine.step_buffer import (
@@ -281,13 +281,13 @@ class CudaGraphs:
             for size in reversed(self._sizes):
                 inputs = self.fill_decode(NOTHING, size)
                 run = partial(decode, inputs)
-                graph, (logits, tokens) = record(run, whole=not self.decode)
+                graph, (logits, tokens) = record(run, all_layers=not self.decode)
                 self.decode[size] = DecodeGraph(graph, logits, tokens)
             self.kept_logits = logits.new_empty(self._kept_rows, logits.shape[1])
             for shape in sorted(self._shapes, key=_cost, reverse=True):
                 inputs = self.fill_prompts(NOTHING, shape)
                 keep = partial(self.keep_logits, prompts, inputs, shape)
-                self.prompts[shape], _ = record(keep, whole=not self.prompts)
+                self.prompts[shape], _ = record(keep, all_layers=not self.prompts)
         except torch.OutOfMemoryError:
             wanted = len(self._sizes) + len(self._shapes)
             warnings.warn(
@@ -346,7 +346,10 @@ def _wait_for_device() -> None:
 class Recorder:
     """Captures graphs that share a memory pool.
 
-    ``layers``: those that run in them.
+    Args:
+        device: a CUDA device.
+        layers: the decoder layers that run in all graphs; those that repeat others are skipped
+            before captures that allow it.
     """
 
     def __init__(self, device: torch.device, layers: Sequence[nn.Module] = ()) -> None:
@@ -356,36 +359,37 @@ class Recorder:
         self._repeated = repeats(layers)
 
     def __call__(
-        self, run: Callable[[], Result], *, whole: bool = True
+        self, run: Callable[[], Result], *, all_layers: bool = True
     ) -> tuple[torch.cuda.CUDAGraph, Result]:
         """Return the graph of what ``run`` does, and its result, which replays write again.
 
         Args:
             run: launches what the graph does.
-            whole: whether the pass before, in which all that it launches is loaded, runs the layers
-                that repeat others too.
+            all_layers: whether the pass before the capture, which loads the kernels, also runs the
+                layers that repeat others.
         """
-        if whole or not self._repeated:
+        if all_layers or not self._repeated:
             return self._capture(run, nullcontext())
         try:
-            return self._capture(run, without(self._repeated, self._layers))
+            return self._capture(run, skipping(self._repeated, self._layers))
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            LOG.debug("all layers run before CUDA graphs are captured: %s", one_line(error))
+            LOG.debug("all layers run before each capture of a CUDA graph: %s", one_line(error))
             self._repeated = {}
-            # a failed capture may leave the other in use
+            # a failed capture may leave the old pool in use
             self._pool = torch.cuda.graph_pool_handle()
             return self._capture(run, nullcontext())
 
     def _capture(
-        self, run: Callable[[], Result], shortened: AbstractContextManager[None]
+        self, run: Callable[[], Result], warm_up_context: AbstractContextManager[None]
     ) -> tuple[torch.cuda.CUDAGraph, Result]:
+        """Call ``run`` within ``warm_up_context``, then capture its graph."""
         stream = self._stream
         stream.wait_stream(torch.cuda.current_stream())
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.stream(stream):  # also ends when a capture fails
-            with shortened:
+            with warm_up_context:
                 run()  # what is loaded at its first launch is loaded now
             # thread_local: another engine may be running in another thread
             with torch.cuda.graph(

@@ -27,7 +27,7 @@ from qtool.engine.attention.pages import (
 from qtool.engine.decoder_layers import FusedLayer, layout_of
 from qtool.engine.fused_attention import Angles, RotaryMismatch
 from qtool.engine.kv_cache import allocate_pages, allocate_states
-from qtool.engine.layer_kinds import kind_of, repeats, without
+from qtool.engine.layer_kinds import kind_of, repeats, skipping
 from qtool.engine.norms import (
     ROUNDED_TOLERANCE,
     TOLERANCE,
@@ -93,12 +93,15 @@ def fuse(model: CausalLM) -> bool:
 
 
 def compile_ahead(model: CausalLM, run_steps: Callable[[], object]) -> frozenset[Hashable]:
-    """Launch what `fuse` will launch, and call ``run_steps`` while the layers of ``model`` are such
-    as it may make of them: for kernels to be compiled, as numbers do not count here. The model
-    stays as it is.
+    """Launch the kernels that `fuse` will launch, then those of steps through fused layers, so that
+    they compile; results are not compared. ``model`` is unchanged afterwards.
 
-    Returns: the kinds of the layers that ``run_steps`` ran on; none if the code of the model or of
-        a step failed.
+    Args:
+        model: as `fuse` takes it.
+        run_steps: runs steps of ``model``, while its layers are fused with the first angles that
+            fit, which `fuse` may not choose.
+    Returns: the kinds of the layers that ``run_steps`` ran; empty if the model's code or
+        ``run_steps`` failed.
     """
     decoder = model.get_decoder()
     before = decoder.layers, decoder.norm
@@ -107,25 +110,29 @@ def compile_ahead(model: CausalLM, run_steps: Callable[[], object]) -> frozenset
     repeated = repeats(layers)
     try:
         with torch.no_grad(), current(device):
-            with without(repeated, layers):
+            with skipping(repeated, layers):
                 seen = _dry_run(decoder, device)
             fused = [
-                layer if number in repeated else _unproven(layer, seen)
+                layer if number in repeated else _fuse_unchecked(layer, seen)
                 for number, layer in enumerate(layers)
             ]
             decoder.layers, decoder.norm = nn.ModuleList(fused), Norm.of(decoder.norm)
-            with without(repeated, fused):
+            with skipping(repeated, fused):
                 run_steps()
         return frozenset(kind_of(layer) for layer in fused if isinstance(layer, FusedLayer))
     except Exception as error:  # the code of an architecture may raise anything
-        LOG.debug("kernels are compiled when they are launched first: %s", one_line(error))
+        LOG.debug("kernels compile at their first launch: %s", one_line(error))
         return frozenset()
     finally:
         decoder.layers, decoder.norm = before
 
 
-def _unproven(layer: nn.Module, seen: DryRun) -> FusedLayer:
-    """Return ``layer`` fused, after what `_proven` launches to prove it."""
+def _fuse_unchecked(layer: nn.Module, seen: DryRun) -> FusedLayer:
+    """Return ``layer`` fused with the first angles that it takes; launches the kernels that
+    `_proven` launches, without a look at their results.
+
+    Raises: NotFused, if no angles fit.
+    """
     check = _check_of(layer, seen)
     for angles in ANGLES:
         with suppress(RotaryMismatch):

@@ -1,5 +1,5 @@
-"""Which decoder layers launch the same kernels: passes that are there to have kernels compiled or
-loaded run one layer of each kind.
+"""Which decoder layers launch the same kernels. Passes that only compile or load kernels run one
+layer of each kind, and skip those that repeat it.
 """
 
 from __future__ import annotations
@@ -15,28 +15,30 @@ from torch import nn
 from qtool.errors import one_line
 
 LOG = logging.getLogger("qtool.engine")
-NUMBER = "layer_idx"  # an attribute that differs in all layers, and changes no kernel
+NUMBER = "layer_idx"  # the attribute that differs in every layer, and changes no kernel
 
 
 def kind_of(layer: nn.Module) -> Hashable:
-    """Return what two layers have in common if they launch the same kernels: the modules in them,
+    """Return a key that is equal for layers that launch the same kernels: the modules in ``layer``,
     the shapes and dtypes of their tensors, and their settings.
 
-    Layers that differ in a setting of no importance are of two kinds.
+    Layers whose settings differ get different keys, even where the setting changes no kernel.
     """
     return tuple((name, _describe_module(module)) for name, module in layer.named_modules())
 
 
 def repeats(layers: Sequence[nn.Module]) -> dict[int, int]:
-    """Return, for each layer that launches what an earlier one does, the number of the earlier one:
-    both are of one kind, and so are the layers before them, whose outputs they take. None for
-    layers that `torch.compile` runs.
+    """Return the layers that repeat an earlier one, as number of the layer -> number of the first
+    such layer.
+
+    A layer repeats another if both have the same kind, and the layers before them, whose outputs
+    they read, have the same kind too. Empty if `torch.compile` runs one of the layers.
     """
     found: dict[int, int] = {}
     firsts: dict[tuple[Hashable, Hashable], int] = {}
     before: Hashable = None
     if any(layer._compiled_call_impl is not None for layer in layers):
-        return found  # `torch.compile` would begin anew
+        return found  # `torch.compile` would compile again for the changed `forward`
     for number, layer in enumerate(layers):
         kind = kind_of(layer)
         first = firsts.setdefault((before, kind), number)
@@ -47,9 +49,13 @@ def repeats(layers: Sequence[nn.Module]) -> dict[int, int]:
 
 
 @contextmanager
-def without(repeated: Mapping[int, int], layers: Sequence[nn.Module]) -> Iterator[None]:
-    """Let the ``layers`` that are ``repeated`` return what the earlier ones returned last, for as
-    long as the context lasts.
+def skipping(repeated: Mapping[int, int], layers: Sequence[nn.Module]) -> Iterator[None]:
+    """Skip the ``repeated`` ones of ``layers`` within the context: each returns the last output of
+    the layer that it repeats.
+
+    Args:
+        repeated: from `repeats`.
+        layers: the decoder layers, by number.
     """
     outputs: dict[int, object] = {}
 
@@ -62,8 +68,8 @@ def without(repeated: Mapping[int, int], layers: Sequence[nn.Module]) -> Iterato
     ]
     try:
         for number, first in repeated.items():
-            # in place of the method: the layer keeps its place and its attributes, which the code
-            # of the model may look at
+            # shadows the method only: the layer stays in the model, with its attributes, which
+            # the code of the model may read
             vars(layers[number])["forward"] = partial(_return_kept, outputs, first)
         yield
     finally:
@@ -73,12 +79,12 @@ def without(repeated: Mapping[int, int], layers: Sequence[nn.Module]) -> Iterato
             handle.remove()
 
 
-def run_short(layers: Sequence[nn.Module], run: Callable[[], object]) -> None:
-    """Call ``run`` without the layers that repeat others; with all, if the code of the model cannot
-    do without.
+def run_without_repeats(layers: Sequence[nn.Module], run: Callable[[], object]) -> None:
+    """Call ``run`` while ``layers`` that repeat others are skipped; with all layers if that fails,
+    as the code of the model may need each of them.
     """
     try:
-        with without(repeats(layers), layers):
+        with skipping(repeats(layers), layers):
             run()
     except Exception as error:  # the code of an architecture may raise anything
         LOG.debug("all layers are warmed up: %s", one_line(error))
@@ -103,7 +109,7 @@ def _describe_module(module: nn.Module) -> Hashable:
 
 
 def _describe(value: object) -> Hashable:
-    """Return a setting; of anything else its type."""
+    """Return a number, a string, or a tuple or dataclass of them; the type of any other value."""
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, tuple):

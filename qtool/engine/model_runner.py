@@ -23,7 +23,7 @@ from qtool.engine.delta_net import replace_delta_nets
 from qtool.engine.fusion import compile_ahead, fuse
 from qtool.engine.in_flight import InFlightStep
 from qtool.engine.latent_attention import keep_latents
-from qtool.engine.layer_kinds import kind_of, run_short
+from qtool.engine.layer_kinds import kind_of, run_without_repeats
 from qtool.engine.mtp import MtpDrafter
 from qtool.engine.requirements import check_by_numbers, record_layers
 from qtool.engine.rotary import freeze_rotary
@@ -64,6 +64,7 @@ class Runner:
         max_tokens: the size of the KV cache, instead of what memory allows.
         cache_scales: for keys and values of each layer; with them the cache has 8 bits.
         compiled: in which steps decoder layers that cannot be fused run through `torch.compile`.
+        log_time: of the start; logs how long the parts done here take.
     Raises: ResourceError, when the device has no memory for a KV cache.
     """
 
@@ -164,13 +165,13 @@ class Runner:
         self._last = torch.zeros(rows, dtype=torch.int32, device=device)
 
     def _make_caches(self, scales: Mapping[int, tuple[float, float]]) -> None:
-        """Allocate what depends on what the layers keep; the KV cache has no pages yet."""
+        """Allocate what ``self.geometry`` asks for, and the KV cache without pages."""
         limits, device, dtype = self.limits, self.device, self.model.dtype
         self.keeps_latents = any(layer.keeps_latents for layer in self.geometry.layers)
         self.graphs = CudaGraphs(limits, self.table, self.buffer, self.keeps_latents)
         heads = max(layer.groups for layer in self.geometry.layers)
         self._counters = new_counters(limits.most_decodes, heads, device)
-        self._mtp: MtpDrafter | None = None  # what drafts after each step
+        self._mtp: MtpDrafter | None = None
         if self._mtp_layer is not None:
             self._mtp = MtpDrafter(self._mtp_layer, limits, self.table, self._counters)
         # the rows of sequences, and the one for padding
@@ -202,12 +203,12 @@ class Runner:
             torch.cuda.empty_cache()
 
     def _compile_ahead(self, *, graphs: bool) -> frozenset[Hashable]:
-        """Launch what a start launches, for kernels to be compiled; see `compile_ahead`."""
+        """Compile the kernels of a start, and return what `compile_ahead` does."""
         if self.device.type != "cuda":
             return frozenset()
 
         def run() -> None:
-            with suppress(CheckpointRefused):  # for numbers that do not count here
+            with suppress(CheckpointRefused):  # the check itself follows, with the model as it runs
                 check_by_numbers(self.model, self.geometry)
             self._try_steps(graphs=graphs)
 
@@ -215,8 +216,8 @@ class Runner:
 
     def _measure_step(self, *, graphs: bool, compiled_kinds: frozenset[Hashable]) -> int:
         """Return the bytes that the largest step needs besides weights and cache, found by running
-        it: prefill of new prompts on scratch pages. Compiles first what layers launch if they are
-        not of ``compiled_kinds``.
+        it: prefill of new prompts on scratch pages. If some layers are not of ``compiled_kinds``,
+        their kernels compile first.
         """
         if self.device.type != "cuda":
             if self.model.dtype == torch.bfloat16:
@@ -224,7 +225,7 @@ class Runner:
             return 0
         if not compiled_kinds.issuperset(map(kind_of, self._layers)):
             with compile_in_parallel(self.device):
-                run_short(self._layers, partial(self._try_steps, graphs=graphs))
+                run_without_repeats(self._layers, partial(self._try_steps, graphs=graphs))
         torch.cuda.synchronize(self.device)
         torch.cuda.empty_cache()
         before = torch.cuda.memory_allocated(self.device)

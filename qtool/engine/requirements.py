@@ -56,10 +56,13 @@ def check_speculation(plan: LoadPlan, speculation: Speculation | None) -> None:
 
 
 def record_layers(model: CausalLM, mtp: MtpLayer | None) -> Recording:
-    """Let ``model`` use the engine's attention, and return what each layer keeps, ``mtp`` too if it
-    has one, found by a dry pass.
+    """Make ``model`` use the engine's attention, and return what each layer keeps, as a dry pass
+    shows it.
 
-    Raises: CheckpointRefused, unless all layers attend or keep a state that the engine manages.
+    Args:
+        model: on its device, with its weights.
+        mtp: the layer that drafts tokens for it, if any.
+    Raises: CheckpointRefused, unless each layer attends or keeps a state that the engine manages.
     """
     model.set_attn_implementation(NAME)
     zero = torch.zeros(1, 1, dtype=torch.long, device=next(iter(model.parameters())).device)

@@ -13,7 +13,7 @@ from qtool.engine.decoder_layers import FusedLayer
 from qtool.engine.delta_net import replace_delta_nets
 from qtool.engine.fusion import compile_ahead, fuse
 from qtool.engine.latent_attention import keep_latents
-from qtool.engine.layer_kinds import kind_of, repeats, run_short, without
+from qtool.engine.layer_kinds import kind_of, repeats, run_without_repeats, skipping
 from qtool.engine.requirements import record_layers
 
 # the layers that run of each model; of two kinds that alternate those of each that follow the other
@@ -83,7 +83,7 @@ def test_one_layer_of_each_kind_runs(model_type):
             assert fuse(model) == bool(ahead) == bool(kinds)
             is_guessed = kinds.issuperset(map(kind_of, decoder.layers))
             assert is_guessed == (model_type not in OTHER_ANGLES)
-        with without(repeats(decoder.layers), decoder.layers):
+        with skipping(repeats(decoder.layers), decoder.layers):
             assert layers_that_run(decoder.layers, lambda: logits_of(model)) == expected
         assert layers_that_run(decoder.layers, lambda: logits_of(model)) == [*range(6)]
         assert torch.allclose(logits_of(model), whole, atol=1e-4)
@@ -111,7 +111,7 @@ def test_a_model_that_needs_all_layers_runs_them_all(caplog):
             raise ValueError("layer 2 has to run")
 
     with caplog.at_level("DEBUG", "qtool.engine"):
-        run_short(layers, run)
+        run_without_repeats(layers, run)
     assert "layer 2 has to run" in caplog.text
     short, whole = outputs
     assert short[3] is short[1] and len({*map(id, whole)}) == 4
