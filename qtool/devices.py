@@ -29,11 +29,14 @@ def gpu_count() -> int:
     return count.value
 
 
-def start_driver(device: str) -> None:
-    """Let the NVIDIA driver make the context of ``device`` in a thread, while torch is imported:
-    that takes a second, more on a machine with many GPUs, and torch then finds it made.
+def create_cuda_context(device: str) -> None:
+    """Start to create the CUDA context of ``device`` in a thread, which torch then uses. Meanwhile
+    torch can be imported: creation takes a second, and longer on a machine with many GPUs.
 
-    Whatever fails is left to torch, which says what is wrong.
+    Errors are ignored here: torch reports them when it creates the context.
+
+    Args:
+        device: the name of a device; `AUTO` stands for the first GPU. Nothing happens for a CPU.
     """
     index = gpu_number(device.lower())
     if device.lower() in (AUTO, "cuda"):
@@ -45,7 +48,7 @@ def start_driver(device: str) -> None:
 
 
 def _retain_context(index: int) -> None:
-    """Make the primary context of the GPU ``index``, for as long as the process lives.
+    """Retain the primary context of the GPU ``index``, for as long as the process lives.
 
     Source: CUDA driver API, cuInit, cuDeviceGet and cuDevicePrimaryCtxRetain.
     """

@@ -94,8 +94,11 @@ def trace_norms(model: PreTrainedModel) -> dict[str, list[str]]:
 
 
 def _run_without_data(model: PreTrainedModel, *, forget: Callable[[], None]) -> None:
-    """Run ``model``, which is on the meta device, on two tokens; where it does not run there, call
-    ``forget`` and run it with fake tensors, which takes ten times as long.
+    """Run ``model`` on two tokens, on the meta device, where its weights are. If it does not run
+    there, call ``forget`` and run it with fake tensors, which takes ten times as long.
+
+    Args:
+        forget: discards what hooks have collected.
     """
     experts = getattr(model.config, "_experts_implementation", None)
     try:
@@ -113,14 +116,14 @@ def _run_without_data(model: PreTrainedModel, *, forget: Callable[[], None]) -> 
 def _run_on_meta(model: PreTrainedModel) -> None:
     with torch.device("meta"):
         tokens = torch.zeros(1, 2, dtype=torch.long)
-        # with a whole mask: to make one, transformers looks at data
+        # a 4D mask is used as it is; to make one, transformers reads data
         mask = torch.zeros(1, 1, 2, 2)
         model(input_ids=tokens, attention_mask=mask, use_cache=False)
 
 
 def _run_on_fake_tensors(model: PreTrainedModel) -> None:
-    """Run ``model`` with weights that claim to be on the CPU: of these transformers knows that they
-    have no data.
+    """Run ``model`` with fake tensors on the CPU in place of its weights; transformers knows that
+    they have no data.
     """
     with FakeTensorMode():
         state = {

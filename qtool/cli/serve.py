@@ -61,7 +61,7 @@ def serve(
         return _show_kernels(settings, as_json=as_json)
     from qtool.serve.backend.engine_child import EngineChild
 
-    with EngineChild(settings) as child:  # it imports torch while this process imports the rest
+    with EngineChild(settings) as child:  # imports torch while this process imports the rest
         from qtool.serve.ready import ready_dict, ready_text
         from qtool.serve.server import serve as run
 

@@ -152,7 +152,7 @@ class Engine(ScoringMethods):
         # runs also when the engine is garbage, and when the interpreter ends
         self._end = weakref.finalize(self, _close, self.loop)
         self.start_seconds = log_time.seconds
-        """How long each part of the start took."""
+        """How long each part of the start took, by the name of the part."""
 
     def generate(
         self,

@@ -15,10 +15,10 @@ class Stopwatch:
     def __init__(self) -> None:
         self._last = time.monotonic()
         self.seconds: dict[str, float] = {}
-        """By part."""
+        """How long each part took."""
 
     def __call__(self, part: str, what: str = "") -> None:
-        """Log that ``part`` was done, in the words of ``what`` if given, and how long it took."""
+        """Log how long ``part``, which has just ended, took; the log names it ``what`` if given."""
         now = time.monotonic()
         self.seconds[part] = now - self._last
         LOG.info("%s in %.1f s", what or part, self.seconds[part])
@@ -26,5 +26,5 @@ class Stopwatch:
 
 
 def breakdown(seconds: Mapping[str, float]) -> str:
-    """Return the parts of a start in one line."""
+    """Return the ``seconds`` of each part of a start as one line of text."""
     return ", ".join(f"{part} {taken:.1f}" for part, taken in seconds.items())

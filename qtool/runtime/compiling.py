@@ -33,14 +33,15 @@ def log_compiles(device: torch.device) -> None:
 
 
 def hash_compiler(device: torch.device) -> None:
-    """Let Triton hash its own files in a thread, while there is other work. Its cache on disk goes
-    by the hash, which takes 0.3 s.
+    """Start to hash Triton's own files in a thread. The hash is part of the keys of its cache on
+    disk, and takes 0.3 s, which the first kernel would wait for.
     """
     if device.type != "cuda":
         return
     import triton.runtime.cache
 
-    key = getattr(triton.runtime.cache, "triton_key", None)  # not in all versions; keeps its result
+    # some versions lack it; it caches its result
+    key = getattr(triton.runtime.cache, "triton_key", None)
     if key is not None:
         threading.Thread(target=key, name="qtool-triton-key", daemon=True).start()
 

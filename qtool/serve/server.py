@@ -61,7 +61,7 @@ def serve(
 
     Args:
         settings: what is served, and how.
-        child: the engine's process, of the same settings.
+        child: the engine's process, started with the same settings.
         on_ready: called once the model has answered.
     Raises: ResourceError, when the address is taken or the engine dies; what `qtool.Engine` raises
         for a model that cannot be served.
@@ -192,14 +192,15 @@ async def _run_service(
 ) -> None:
     """Load the model and let ``host`` serve it, until the task is cancelled."""
     try:
-        await asyncio.to_thread(app.openapi)  # takes long, while the engine loads; it is cached
+        # takes long, so it runs while the engine loads; the result is cached
+        await asyncio.to_thread(app.openapi)
         async with open_service(
             host.settings, child, host.metrics, host.threads, server.fail
         ) as service:
             gc.collect()
             gc.freeze()  # the collector need not scan what lives as long as the server
             host.set_service(service)
-            _log_start(time.monotonic() - child.began, service.info.start_seconds)
+            _log_start(time.monotonic() - child.start_time_s, service.info.start_seconds)
             _announce(service, on_ready)
             await _trim_heap()
     except QtoolError as error:
@@ -216,7 +217,7 @@ def _bug(error: Exception) -> QtoolError:
 
 
 def _log_start(whole_s: float, parts: Mapping[str, float]) -> None:
-    """Log how long the start took, part by part of the engine's; the rest is the server's."""
+    """Log how long the start took: the engine's ``parts`` in seconds, and the rest."""
     rest = whole_s - sum(parts.values())
     LOG.info("started in %.1f s: %s", whole_s, breakdown({**parts, "rest": rest}))
 

@@ -373,7 +373,7 @@ async def open_service(
         engine = EngineProcess(child, on_failure, watchdog_timeout_s=settings.watchdog_timeout_s)
         stack.push_async_callback(engine.close)
         templates, info = await _load(settings, engine, stack)
-        # the tokenizer holds up this process, and the engine answers meanwhile
+        # loading the tokenizer keeps this process busy, while the engine computes its first answer
         _, vocabulary, defaults = await asyncio.gather(
             answer_once(engine, info),
             asyncio.to_thread(Vocabulary, info.tokenizer, info.context_length, threads),

@@ -1,4 +1,8 @@
-"""`EngineChild`: the engine's process, from the moment that it starts to import torch."""
+"""`EngineChild`: the engine's process as the operating system sees it, from start to end.
+
+This module imports little, so that the process starts before the server's own imports, which take
+a second.
+"""
 
 from __future__ import annotations
 
@@ -20,11 +24,11 @@ SMALL_CACHES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128", "LRU_CACHE_CAPACITY": 
 
 
 class EngineChild:
-    """The engine's process, which loads the model of ``settings`` at once; as a context it has
-    ended at the end.
+    """The engine's process, started when this is made. It imports torch and loads the model at
+    once. A context manager, whose exit ends the process.
 
-    It imports little, so that the server's own imports, which take a second, go on beside the
-    engine's.
+    Args:
+        settings: name the model, and have the engine's options.
     """
 
     def __init__(self, settings: ServeSettings) -> None:
@@ -33,7 +37,7 @@ class EngineChild:
             options=vars(settings.engine_config),
             log_level=settings.log_level.upper(),
         )
-        self.began = time.monotonic()
+        self.start_time_s = time.monotonic()
         self.connection, theirs = socket.socketpair()
         """For messages; the engine ends when it is closed."""
         command = [sys.executable, "-m", "qtool.serve.backend.engine_process", str(theirs.fileno())]
@@ -46,7 +50,7 @@ class EngineChild:
                 start_new_session=True,  # a terminal's signals to the group are for the server
                 env={**SMALL_CACHES, **os.environ},
             )
-        with contextlib.suppress(OSError):  # it has ended: whoever reads will see that
+        with contextlib.suppress(OSError):  # it has ended, which the next read reports
             self.connection.sendall(encode(start))
 
     def __enter__(self) -> Self:
@@ -57,8 +61,8 @@ class EngineChild:
         self.wait()
 
     def wait(self) -> None:
-        """Wait until the process, whose connection is closed, has ended; kill it if it takes
-        long.
+        """Wait until the process has ended, after its connection was closed; kill it after
+        `END_TIMEOUT_S`.
         """
         try:
             self.process.wait(END_TIMEOUT_S)

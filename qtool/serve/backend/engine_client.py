@@ -130,7 +130,7 @@ class EngineProcess:
     """The engine's process, as the server sees it.
 
     Args:
-        child: the process, which loads the model.
+        child: the process, which is loading the model.
         on_end: called with the reason when the engine ends by itself, or hangs and is ended.
         watchdog_timeout_s: seconds without a step after which an engine that has work hangs.
     """
@@ -322,7 +322,7 @@ class EngineProcess:
 
 
 async def answer_once(engine: EngineProcess, info: EngineInfo) -> None:
-    """Let the model answer once.
+    """Send the model one short prompt, and wait for its answer.
 
     Raises: QtoolError, when its logits are not finite or the engine is gone.
     """

@@ -18,7 +18,7 @@ from collections import Counter
 from typing import TYPE_CHECKING, NoReturn, cast
 
 from qtool.checkpoint.temporary import remove_temporary_folders
-from qtool.devices import AUTO, start_driver
+from qtool.devices import AUTO, create_cuda_context
 from qtool.engine.config import EngineConfig
 from qtool.engine.outputs import CompletionOutput, Output
 from qtool.engine.stopwatch import Stopwatch
@@ -341,7 +341,7 @@ def main(descriptor: int) -> None:
     logging.getLogger("qtool").setLevel(start.log_level)
     logging.captureWarnings(True)
     skip_unused()
-    start_driver(str(start.options.get("device") or AUTO))
+    create_cuda_context(str(start.options.get("device") or AUTO))
     try:
         log_time = Stopwatch()
         _redirect_transformers_log()
@@ -360,7 +360,7 @@ def main(descriptor: int) -> None:
         server.send(Ready(info))
         threading.Thread(
             target=_prepare_grammars,
-            args=(engine, server.has_answered),  # the server waits for the first answer
+            args=(engine, server.has_answered),  # not before: the server waits for an answer
             name="qtool-grammars",
             daemon=True,
         ).start()

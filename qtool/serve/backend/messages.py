@@ -99,7 +99,7 @@ class EngineInfo:
     kv_cache_dtype: str
     weights_bytes: int
     start_seconds: dict[str, float]
-    """How long each part of its start took."""
+    """How long each part of the start took, by the name of the part."""
     encoding: Encoding | None = None
     """What the model returns for a prompt; None: it continues it."""
 
