@@ -17,7 +17,7 @@ from qtool.engine.attention.pages import Packed, RecurrentStates
 from qtool.engine.delta_rule import EPSILON, DeltaWeights
 from qtool.engine.elementwise import Codes, allocate_outputs, launch_options
 from qtool.engine.triton_delta_chunks import add_chunks
-from qtool.engine.triton_delta_state import ANY_VALUE, begin, bounds, kept_channels, log_decay
+from qtool.engine.triton_delta_state import ANY_VALUE, bounds, kept_channels, load_state, log_decay
 from qtool.runtime.triton.row_quantize import codes_of, scale_of
 from qtool.runtime.triton.tiles import start_early
 
@@ -273,7 +273,7 @@ def _decode(  # type: ignore[no-untyped-def]
         )
     i = tl.arange(0, K_PADDED)
     j = part * VALUES + tl.arange(0, VALUES)
-    pointers, inside, state = begin(
+    pointers, inside, state = load_state(
         x,
         conv,
         matrix,

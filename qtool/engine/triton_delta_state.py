@@ -1,4 +1,4 @@
-"""What kernels of gated delta nets share: where a sequence lies, and what it keeps."""
+"""What the kernels of gated delta nets share: the tokens of a sequence, its state, and decays."""
 
 # ruff: noqa: N803 (constants of a Triton kernel are written in capitals)
 from __future__ import annotations
@@ -17,8 +17,8 @@ ANY_VALUE = {
 
 
 def kept_channels(qkv: Tensor, shape: Shape, parts: int) -> dict[str, int]:
-    """Return for how many channels each of the ``parts`` programs of a head keeps the last inputs,
-    as arguments of `begin`.
+    """Return the arguments of `load_state` that say how many channels each program keeps the last
+    inputs of, when a head has ``parts`` programs.
     """
     kept = triton.cdiv(qkv.shape[1], shape.value_heads * parts)
     return {"KEPT": kept, "KEPT_PADDED": triton.next_power_of_2(kept)}
@@ -38,13 +38,13 @@ def bounds(starts, sequence, decodes):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def log_decay(a, decay, dt_bias, head):  # type: ignore[no-untyped-def]
-    """Return the logarithm of the decay that ``a`` makes."""
+    """Return the logarithm of the decay, ``decay`` times the softplus of ``a`` + ``dt_bias``."""
     size = a.to(tl.float32) + tl.load(dt_bias + head)
     return tl.load(decay + head) * tl.where(size > 20, size, tl.log(1 + tl.exp(size)))
 
 
 @triton.jit
-def begin(  # type: ignore[no-untyped-def]
+def load_state(  # type: ignore[no-untyped-def]
     x,
     conv,
     matrix,
@@ -64,8 +64,9 @@ def begin(  # type: ignore[no-untyped-def]
     K: tl.constexpr,
     V: tl.constexpr,
 ):
-    """Keep a share of the last inputs of a sequence; return where the state of keys ``i`` and
-    values ``j`` of a head lies, which of it exists, and the state: zeros if the sequence begins.
+    """Return pointers to the state of keys ``i`` and values ``j`` of a head, a mask of those that
+    exist, and the state, zeros if the sequence begins here. Also write the program's share of the
+    last inputs to ``conv``, for the convolution of later steps.
     """
     first = (head * tl.num_programs(2) + part) * KEPT
     conv += row * (C * INPUTS)
