@@ -36,7 +36,7 @@ from qtool.engine.joined import (
 )
 from qtool.engine.norms import Codes, Norm, NotFused, Sum, add_norm, rounded
 from qtool.runtime.experts.grouped import ExpertsStandIn, GroupedExperts
-from qtool.runtime.experts.routing import Shared
+from qtool.runtime.experts.routing import SharedExpert
 from qtool.runtime.kernels import current
 
 Activation = Literal["silu", "gelu_tanh"]
@@ -250,7 +250,15 @@ class GatedMLP(nn.Module):
 
 
 class Mixture(nn.Module):
-    """Packed experts and one for all tokens, whose gate says how much of it is added to them."""
+    """A mixture of packed experts and a shared expert with a gate, as in Qwen2-MoE. The kernel of
+    the packed experts adds the shared one.
+
+    Args:
+        router: returns logits, weights [T, top_k] and experts [T, top_k].
+        experts: adds up what it makes of the chosen experts and `SharedExpert`.
+        shared: the shared expert.
+        shared_gate: its gate, H inputs and one output.
+    """
 
     codes: Codes | None = None
 
@@ -265,7 +273,7 @@ class Mixture(nn.Module):
 
     @classmethod
     def of(cls, mlp: nn.Module) -> Mixture | None:
-        """Return ``mlp`` as one, None when it is made of other parts."""
+        """Return ``mlp`` as a `Mixture`; None if it has other parts."""
         try:
             check_parts(mlp, {"gate", "experts", "shared_expert", "shared_expert_gate"})
         except NotFused:
@@ -281,7 +289,7 @@ class Mixture(nn.Module):
 
     def forward(self, x: Tensor, *_: object) -> Tensor:
         """Return the outputs [T, H] of ``x`` [T, H]."""
-        shared = Shared(self.shared(x), self.shared_gate(x))
+        shared = SharedExpert(self.shared(x), self.shared_gate(x))
         _, weights, chosen = self.router(x)
         y: Tensor = self.experts(x, chosen, weights, shared)
         return y

@@ -78,7 +78,7 @@ FUSED = {
         **{"n_routed_experts": 4, "moe_intermediate_size": 32, "num_experts_per_tok": 2},
         **{"use_qk_norm": True, "head_dim": 16},
     },
-    # experts beside an MLP for all tokens, which has a gate
+    # a shared expert with a gate
     "Qwen2Moe": {
         **{"num_experts": 4, "moe_intermediate_size": 32, "num_experts_per_tok": 2},
         "shared_expert_intermediate_size": 64,

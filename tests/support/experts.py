@@ -15,7 +15,7 @@ from qtool.formats.layout import QuantizedModule
 from qtool.runtime.experts import reference
 from qtool.runtime.experts.gates import Gate
 from qtool.runtime.experts.grouped import ExpertsKernel, ExpertsSpec, ExpertWeights
-from qtool.runtime.experts.routing import Shared
+from qtool.runtime.experts.routing import SharedExpert
 from qtool.runtime.join import scaled_by_row
 from qtool.runtime.kernels import LinearSpec, with_channel_scales
 from qtool.scheme import SCHEMES
@@ -66,7 +66,7 @@ class Case:
     crowded: bool = False
     """Whether all tokens have the first expert."""
     has_shared: bool = False
-    """Whether there is an expert for all tokens as well."""
+    """Whether there is a shared expert as well."""
     dtype: torch.dtype = torch.bfloat16
     device: str = "cpu"
 
@@ -117,14 +117,14 @@ class Case:
         weights, experts = scores.topk(self.top_k, -1)
         return x, experts, weights.softmax(-1).to(self.dtype)
 
-    def shared(self) -> Shared | None:
-        """Return what an expert for all tokens gives."""
+    def shared(self) -> SharedExpert | None:
+        """Return the results of a shared expert, if the case has one."""
         if not self.has_shared:
             return None
         generator = torch.Generator(self.device).manual_seed(2)
         shapes = (self.tokens, self.hidden), (self.tokens, 1)
         drawn = (torch.randn(shape, generator=generator, device=self.device) for shape in shapes)
-        return Shared(*(values.to(self.dtype) for values in drawn))
+        return SharedExpert(*(values.to(self.dtype) for values in drawn))
 
     def error(self, kernel: ExpertsKernel) -> float:
         """Return how far ``kernel`` is from the definition in f32, relative; what lies between the

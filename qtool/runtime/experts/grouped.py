@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from qtool.runtime.experts.gates import Gate
-from qtool.runtime.experts.routing import Shared, add_shared
+from qtool.runtime.experts.routing import SharedExpert, add_shared
 from qtool.runtime.kernels import Device, LinearSpec, current, no_offset
 from qtool.runtime.packed import PackedModule
 from qtool.scheme import Scheme
@@ -70,7 +70,7 @@ class ExpertsKernel(Protocol):
         experts: Tensor,
         weights: Tensor,
         packed: Mapping[str, Tensor],
-        shared: Shared | None = None,
+        shared: SharedExpert | None = None,
     ) -> Tensor:
         """Return for each token the sum of what its experts make of it, times their weights.
 
@@ -80,7 +80,7 @@ class ExpertsKernel(Protocol):
             experts: of each token, [T, top_k], contiguous.
             weights: of these, [T, top_k], contiguous.
             packed: from `pack`.
-            shared: what is added to it.
+            shared: the results of a shared expert, which are added; None without one.
         Returns: [T, N].
         """
 
@@ -129,7 +129,7 @@ class GroupedExperts(PackedModule):
         hidden_states: Tensor,
         top_k_index: Tensor,
         top_k_weights: Tensor,
-        shared: Shared | None = None,
+        shared: SharedExpert | None = None,
     ) -> Tensor:
         """Return the sum of the experts of each token, [T, N], from inputs [T, K], the experts
         [T, top_k] of each token, and their weights; ``shared`` is added to it.
@@ -156,8 +156,8 @@ class GroupedExperts(PackedModule):
 
 
 class ExpertsStandIn(nn.Module):
-    """In place of packed experts while a decoder layer is compared: which experts a token has does
-    not matter, as that changes at the least difference.
+    """Takes the place of packed experts while a decoder layer is compared: routers choose other
+    experts at the least difference in their inputs, and here the choice does not matter.
     """
 
     def forward(
@@ -165,7 +165,7 @@ class ExpertsStandIn(nn.Module):
         hidden_states: Tensor,
         top_k_index: Tensor,
         top_k_weights: Tensor,
-        shared: Shared | None = None,
+        shared: SharedExpert | None = None,
     ) -> Tensor:
         """Return the hidden states [T, H] times the sum of the weights [T, top_k], with ``shared``
         added.
@@ -206,8 +206,8 @@ def _experts(
     tensors = dict(zip(known.names, packed, strict=True))
     with current(x.device):
         kernel = load_experts_kernel(known.kernel)
-        both = None if shared is None or gate is None else Shared(shared, gate)
-        return kernel.apply(known.spec, x, experts, weights, tensors, both)
+        expert = None if shared is None or gate is None else SharedExpert(shared, gate)
+        return kernel.apply(known.spec, x, experts, weights, tensors, expert)
 
 
 def _fake_experts(

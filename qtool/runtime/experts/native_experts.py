@@ -12,7 +12,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from qtool.runtime.c_library import workspace
 from qtool.runtime.experts.grouped import ExpertsSpec, ExpertWeights
 from qtool.runtime.experts.packing import input_scales, scales_of_rows, unsupported_inputs
-from qtool.runtime.experts.routing import Shared, add_shared
+from qtool.runtime.experts.routing import SharedExpert, add_shared
 from qtool.runtime.kernels import Device, LinearSpec, native
 from qtool.weight import QuantizedWeight, fake_quantize_input
 
@@ -62,7 +62,7 @@ def apply(
     experts: Tensor,
     weights: Tensor,
     packed: Mapping[str, Tensor],
-    shared: Shared | None = None,
+    shared: SharedExpert | None = None,
 ) -> Tensor:
     """Multiply the tokens of all experts, apply the gate between, and add up in f32."""
     top_k = experts.shape[1]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qtool.runtime.experts.grouped import ExpertsSpec, ExpertWeights
 from qtool.runtime.experts.packing import part
-from qtool.runtime.experts.routing import Shared, add_shared
+from qtool.runtime.experts.routing import SharedExpert, add_shared
 from qtool.runtime.kernels import Device, LinearSpec
 from qtool.runtime.kernels import reference as linear
 
@@ -40,7 +40,7 @@ def apply(
     experts: Tensor,
     weights: Tensor,
     packed: Mapping[str, Tensor],
-    shared: Shared | None = None,
+    shared: SharedExpert | None = None,
 ) -> Tensor:
     """Multiply the tokens of each expert, and add up in f32."""
     total = x.new_zeros(x.shape[0], spec.down.shape[0], dtype=torch.float32)

@@ -36,17 +36,19 @@ class Blocks:
         return replace(self, top_k=1)
 
 
-class Shared(NamedTuple):
-    """What an expert for all tokens gives."""
+class SharedExpert(NamedTuple):
+    """The results of a shared expert, which all tokens have besides those that they choose."""
 
     y: Tensor
     """Its outputs, [T, N]."""
     gate: Tensor
-    """[T, 1]; the sigmoid says how much of them is added."""
+    """Logits, [T, 1]; outputs are multiplied by their sigmoid."""
 
 
-def add_shared(total: Tensor, shared: Shared | None) -> Tensor:
-    """Return ``total``, f32 [T, N], with ``shared`` added."""
+def add_shared(total: Tensor, shared: SharedExpert | None) -> Tensor:
+    """Return ``total``, the sum of the chosen experts, f32 [T, N], plus the gated outputs of
+    ``shared``; the definition for kernels.
+    """
     if shared is None:
         return total
     return total + shared.gate.float().sigmoid() * shared.y.float()

@@ -24,7 +24,7 @@ from qtool.runtime.experts.packing import (
     stack_bias,
     unsupported_inputs,
 )
-from qtool.runtime.experts.routing import Blocks, Shared
+from qtool.runtime.experts.routing import Blocks, SharedExpert
 from qtool.runtime.kernels import Device, LinearSpec
 from qtool.runtime.kernels import triton_w8a8 as w8a8
 from qtool.runtime.kernels import triton_weight_only as weight_only
@@ -140,7 +140,7 @@ def apply(
     experts: Tensor,
     weights: Tensor,
     packed: Mapping[str, Tensor],
-    shared: Shared | None = None,
+    shared: SharedExpert | None = None,
 ) -> Tensor:
     """Multiply all choices with the experts, apply the gate between, and add up."""
     each = experts.numel() / spec.count

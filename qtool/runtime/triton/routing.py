@@ -8,16 +8,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qtool.runtime.experts.routing import Blocks, Shared, most_blocks
+from qtool.runtime.experts.routing import Blocks, SharedExpert, most_blocks
 from qtool.runtime.experts.rules import RoutingRule
 from qtool.runtime.triton.tiles import start_early
 
-CHUNKS = (32, 512, 4096)  # choices that a program looks at together, where one launch sorts all
-# More are sorted by programs that have a segment each. The number of segments stays, as a kernel
-# for another one would be compiled while requests wait.
+# Choices that one launch sorts, each program looking at all of them; a kernel for each size.
+ONE_LAUNCH = (32, 512, 4096)
+# More choices are cut into segments, one for each program. Their number is fixed: a kernel for
+# another number would compile while requests wait.
 SEGMENTS = 128
-CHUNK = 256  # choices of a segment that are looked at together
-COUNTS = 16384  # numbers of choices that are added up together
+CHUNK = 256  # choices of a segment that its program looks at together
+COUNTS = 16384  # counts that a program adds up together, at most
 SORT_WARPS = 8
 TILE = 1024  # outputs of a program that adds up
 
@@ -73,10 +74,10 @@ def sort_choices(experts: Tensor, count: int, size: int, *, pdl: bool = False) -
     numbers = torch.empty(end + blocks, dtype=torch.int32, device=experts.device)
     used, rows, of_block = numbers[:1], numbers[4:end], numbers[end:]
     result = Blocks(rows, of_block, used, size, choices, experts.shape[1])
-    if choices > CHUNKS[-1]:
+    if choices > ONE_LAUNCH[-1]:
         _sort_many(experts, count, result, pdl=pdl)
         return result
-    chunk = next(size for size in CHUNKS if choices <= size)
+    chunk = next(size for size in ONE_LAUNCH if choices <= size)
     _sort[(count,)](
         experts=experts,
         rows=rows,
@@ -94,7 +95,9 @@ def sort_choices(experts: Tensor, count: int, size: int, *, pdl: bool = False) -
 
 
 def _sort_many(experts: Tensor, count: int, blocks: Blocks, *, pdl: bool) -> None:
-    """Fill ``blocks``: count the choices in each segment, then write them to their rows."""
+    """Fill ``blocks`` in two launches: the first counts the choices of each segment by expert, the
+    second writes them to their rows.
+    """
     bins = triton.next_power_of_2(count)
     counts = torch.empty(SEGMENTS, bins, dtype=torch.int32, device=experts.device)
     options = {"num_warps": SORT_WARPS, **({"launch_pdl": True} if pdl else {})}
@@ -126,14 +129,14 @@ def _sort_many(experts: Tensor, count: int, blocks: Blocks, *, pdl: bool) -> Non
 
 
 def add_up(
-    y: Tensor, weights: Tensor, shared: Shared | None = None, *, pdl: bool = False
+    y: Tensor, weights: Tensor, shared: SharedExpert | None = None, *, pdl: bool = False
 ) -> Tensor:
     """Return for each token the sum of the outputs of its experts, [T, N], times their weights.
 
     Args:
         y: the outputs, [T * top_k, N], contiguous.
         weights: of the experts of each token, [T, top_k], contiguous.
-        shared: what is added to it, as `add_shared` does.
+        shared: the results of a shared expert, added as `add_shared` does; None without one.
         pdl: whether to start while the kernel before ends.
     """
     (tokens, top_k), width = weights.shape, y.shape[1]
@@ -274,7 +277,7 @@ def _count_segment(  # type: ignore[no-untyped-def]
     tl.store(counts + segment * COUNT + tl.arange(0, COUNT), own)
 
 
-# the size of blocks is no constant: kernels for each would be compiled while requests wait
+# the size of blocks is an argument: as a constant, each size would compile while requests wait
 @triton.jit(do_not_specialize=["choices", "count", "size"])
 def _sort_segment(  # type: ignore[no-untyped-def]
     experts,
@@ -291,8 +294,8 @@ def _sort_segment(  # type: ignore[no-untyped-def]
     CHUNK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Write the choices of a segment to their rows, and for some of the experts the rest of their
-    blocks.
+    """Write the choices of a segment to their rows. For its share of the experts, each program also
+    fills the rows of blocks that have no choice, and writes the expert of each block.
     """
     segment = tl.program_id(0)
     e = tl.arange(0, COUNT)
@@ -332,7 +335,9 @@ def _sort_segment(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _segment(segment, choices, segments, CHUNK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Return where the choices of ``segment`` begin and end: all have as many whole chunks."""
+    """Return where the choices of ``segment`` begin and end. Segments have the same number of whole
+    chunks, but the last ones may be shorter or empty.
+    """
     length = tl.cdiv(tl.cdiv(choices, segments), CHUNK) * CHUNK
     begin = segment * length
     return begin, tl.minimum(begin + length, choices)
