@@ -8,7 +8,7 @@ import os
 import sys
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
@@ -82,8 +82,7 @@ def materialize(plan: LoadPlan, *, on_progress: OnProgress | None = None) -> Cau
         warnings.warn(warning, RuntimeWarning, stacklevel=3)
     stacks = ExpertStacks(plan.experts)
     with _readers() as pool, current(plan.device):
-        names = _unquantized_names(plan)
-        reading = [pool.submit(read_checked, plan, name) for name in names]
+        reading = {name: pool.submit(read_checked, plan, name) for name in _unquantized_names(plan)}
         model: CausalLM | None = None
         built: list[tuple[str, nn.Module]] = []
         for done, (group, raw) in enumerate(_read_ahead(plan, pool), 1):
@@ -92,17 +91,17 @@ def materialize(plan: LoadPlan, *, on_progress: OnProgress | None = None) -> Cau
                     stacks.add(target, module)
                 elif isinstance(module, nn.Module):
                     built.append((target.module, module))
-            # until the unquantized weights are there, layers are built that will be put in
-            if model is None and all(tensor.done() for tensor in reading):
-                model = _make_model(plan, names, reading)
+            # layers are also built while unquantized weights are still being read
+            if model is None and all(tensor.done() for tensor in reading.values()):
+                model = _make_model(plan, reading)
             if model is not None:
-                _put_in(model, built, stacks)
+                _install(model, built, stacks)
             _trim_heap()
             if on_progress:
                 on_progress(done, len(plan.groups))
         if model is None:
-            model = _make_model(plan, names, reading)
-            _put_in(model, built, stacks)
+            model = _make_model(plan, reading)
+            _install(model, built, stacks)
         for source in plan.unquantized_experts:
             stacks.add(source.target, build_unquantized(plan, source))
     stacks.install(model)
@@ -113,7 +112,7 @@ def materialize(plan: LoadPlan, *, on_progress: OnProgress | None = None) -> Cau
 
 @contextlib.contextmanager
 def _readers() -> Iterator[ThreadPoolExecutor]:
-    """Threads that read tensors; after an error they read no more of them."""
+    """Yield a pool of threads that read tensors; an error cancels the reads that have not begun."""
     with ThreadPoolExecutor(READERS) as pool:
         try:
             yield pool
@@ -122,8 +121,8 @@ def _readers() -> Iterator[ThreadPoolExecutor]:
             raise
 
 
-def _put_in(model: CausalLM, built: list[tuple[str, nn.Module]], stacks: ExpertStacks) -> None:
-    """Put the modules of ``built``, which is emptied, and complete stacks in their places."""
+def _install(model: CausalLM, built: list[tuple[str, nn.Module]], stacks: ExpertStacks) -> None:
+    """Move the modules of ``built`` and complete stacks to their places in ``model``."""
     for name, module in built:
         model.set_submodule(name, module)
     built.clear()
@@ -131,7 +130,7 @@ def _put_in(model: CausalLM, built: list[tuple[str, nn.Module]], stacks: ExpertS
 
 
 def _unquantized_names(plan: LoadPlan) -> list[str]:
-    """Return the names of the tensors that the model takes as they are."""
+    """Return the names of the tensors that the model loads unquantized."""
     built_later = {
         f"{source.name}.{suffix}" for source in plan.sources for suffix in ("weight", "bias")
     }
@@ -142,21 +141,19 @@ def _unquantized_names(plan: LoadPlan) -> list[str]:
     ]
 
 
-def _make_model(
-    plan: LoadPlan, names: Sequence[str], reading: list[Future[torch.Tensor]]
-) -> CausalLM:
-    """Return the model with its unquantized weights, ``names``; the other layers are still to be
-    put in. Empties ``reading``.
+def _make_model(plan: LoadPlan, reading: dict[str, Future[torch.Tensor]]) -> CausalLM:
+    """Return the model with its unquantized weights; quantized layers are installed later.
+
+    Empties ``reading``, the unquantized tensors by name, so that nothing else holds them.
     """
-    tensors = [tensor.result() for tensor in reading]
+    state = {name: tensor.result() for name, tensor in reading.items()}
     reading.clear()
-    state = dict(zip(names, tensors, strict=True)) | dequantized_weights(plan)
+    state |= dequantized_weights(plan)
     state |= stacked_biases(
         ((source.name, source.target) for source in plan.sources),
         lambda name: read_checked(plan, name),
         plan.checkpoint.tensors,
     )
-    del tensors
     return plan.skeleton.materialize({source.target for source in plan.sources}, state, plan.device)
 
 
