@@ -200,9 +200,15 @@ class FusedAttention(nn.Module):
 def gate_heads(
     x: Tensor, qkv: Tensor, at: int, heads: int, codes: Codes | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """Return ``x`` [T, heads * D] times the sigmoid of its gates, or its codes and their scales,
-    f32 [T, 1]. The gates of a head stand in ``qkv`` [T, ...] behind its queries, which begin at
-    ``at``.
+    """Multiply the outputs of attention by the sigmoid of their gates.
+
+    Args:
+        x: the outputs, [T, heads * D].
+        qkv: queries, gates, keys and values, [T, ...]; the gates of a head follow its queries.
+        at: the column of ``qkv`` where the queries begin.
+        heads: of queries.
+        codes: round the products to these; None leaves them as they are.
+    Returns: the products and None, or their codes and the scales of these, f32 [T, 1].
     """
     if x.is_cuda:
         from qtool.engine import elementwise

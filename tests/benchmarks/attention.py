@@ -3,8 +3,8 @@ chunks of a Llama-3.1-8B layer.
 
 ``OUT=dir python tests/benchmarks/attention.py --seconds 60``: candidates compile in parallel, by
 processes that do not touch the GPU. Decodes are timed in a CUDA graph, over layers enough to pass
-the L2 cache; "only reading" is what it takes to read as many bytes. What was found is also written
-to attention.json.
+the L2 cache; "only reading" is the time of a kernel that only reads as many bytes. The results are
+also written to attention.json.
 """
 
 from __future__ import annotations
@@ -267,7 +267,7 @@ def decode_candidates(batch: int, context: int) -> list[Tile]:
 
 @triton.jit
 def _read(x, out, blocks, BLOCK: tl.constexpr):  # noqa: N803
-    """Add blocks of ``x``; each is asked for while the one before it is added."""
+    """Add blocks of ``x``; each is loaded while the one before it is added."""
     start_early(True)
     program, programs = tl.program_id(0), tl.num_programs(0)
     i = tl.arange(0, BLOCK)
@@ -282,7 +282,12 @@ def _read(x, out, blocks, BLOCK: tl.constexpr):  # noqa: N803
 
 
 def time_reading(size: int, copies: int) -> float:
-    """Return the microseconds that a kernel takes to read ``size`` bytes, and do little else."""
+    """Return how many microseconds a kernel takes that reads ``size`` bytes and does little else.
+
+    Args:
+        size: bytes that each launch reads.
+        copies: launches of the graph, each with memory of its own.
+    """
     block, programs = 2048, 1056
     layers = torch.zeros(copies, size // 4 // block * block, device=DEVICE, dtype=torch.int32)
     out = torch.empty(programs, device=DEVICE, dtype=torch.int32)

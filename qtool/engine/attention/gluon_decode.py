@@ -30,14 +30,14 @@ WORDS = gl.constexpr(32)  # int32 of a key or value, four numbers each
 COLUMNS = gl.constexpr(8)  # heads of queries that share a KV head, at most
 KEYS = 2 * PAGE  # of a step
 MIN_STEPS = 4  # of a part
-WARPS = 8  # of all sequences and KV heads, for each multiprocessor
-# To add parts, a program takes so many channels of the values, or fewer if it has many parts.
+WARPS = 8  # of all sequences, KV heads and parts, for each multiprocessor, about
+# Channels of the values that a program adds parts of, or fewer if there are many parts.
 CHANNELS = 128
-# With at most so many sequences times KV heads, more programs take fewer channels each.
+# With at most this many sequences times KV heads, more programs take fewer channels each.
 FEW_PROGRAMS = 128
 FEW_CHANNELS = 32
 SUM_WARPS = 4
-NUMBERS = 64 * 32 * SUM_WARPS  # of all parts that a program adds, at most: 64 of a thread
+NUMBERS = 64 * 32 * SUM_WARPS  # that a program adds, at most: 64 of a thread
 
 
 def applies(
@@ -81,7 +81,7 @@ def decode(
     tokens = packed.decodes
     kv_heads = kv.k.shape[1]
     shared = q.shape[1] // kv_heads
-    parts = parts_of(tokens * kv_heads, q.device)
+    parts = max_parts(tokens * kv_heads, q.device)
     partial = q.new_empty((tokens, kv_heads, parts, shared, HEAD_DIM.value), dtype=torch.float32)
     sums = q.new_empty((2, tokens, kv_heads, parts, shared), dtype=torch.float32)
     k, v = kv.k.view(torch.int32), kv.v.view(torch.int32)
@@ -126,8 +126,8 @@ def decode(
     )
 
 
-def parts_of(groups: int, device: torch.device) -> int:
-    """Return into how many parts each of ``groups``, sequences times KV heads, is cut at most."""
+def max_parts(groups: int, device: torch.device) -> int:
+    """Return how many parts a sequence may be cut into, for ``groups`` sequences times KV heads."""
     count = multiprocessors(device)
     return max(1, min(count, WARPS * count // groups))
 
@@ -139,10 +139,16 @@ def sum_tile(
 
     Each choice is a kernel of its own, so it is the same for all ``tokens`` from one power of two
     to the next, see `triton_parts.power_of_two`.
+
+    Args:
+        tokens: that decode, one of each sequence.
+        kv_heads: of the layer.
+        shared_padded: heads of queries that share a KV head, rounded up to a power of two.
+        device: that decodes.
     """
     groups = power_of_two(tokens) * kv_heads
-    # no fewer than the largest graph needs, so that more tokens need no other kernel
-    together = max(2, triton.next_power_of_2(parts_of(groups, device)))
+    # at least what the largest graph uses, so that more tokens do not need another kernel
+    together = max(2, triton.next_power_of_2(max_parts(groups, device)))
     channels = FEW_CHANNELS if groups <= FEW_PROGRAMS else CHANNELS
     return together, min(channels, NUMBERS // (together * shared_padded))
 
@@ -259,7 +265,8 @@ def _attend_parts(  # type: ignore[no-untyped-def]
 
     group = token.to(gl.int64) * gl.num_programs(0) + head
     mine = (group * gl.num_programs(1) + part) * SHARED
-    # value dv is row dv % 16 * 8 + dv // 16; 16 bytes of a thread, whole lines of a warp
+    # Value dv is in row dv % 16 * 8 + dv // 16. In order, a thread stores 16 bytes at a time, and
+    # a warp whole lines.
     acc = acc.reshape([16, 8, COLUMNS]).permute(2, 1, 0).reshape([COLUMNS, HEAD_DIM])
     column = gl.arange(0, COLUMNS, gl.SliceLayout(1, WRITE))[:, None]
     dv = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, WRITE))[None, :]
@@ -359,7 +366,7 @@ def _sum_parts(  # type: ignore[no-untyped-def]
     WIDTH: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Add ``WIDTH`` numbers of the values of a sequence's parts, of which there are at most
+    """Add ``WIDTH`` channels of the values of a sequence's parts, all at once: there are at most
     ``TOGETHER``.
     """
     start_early(PDL)

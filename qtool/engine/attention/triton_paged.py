@@ -57,7 +57,7 @@ class Tile:
     pdl: bool = True
     """Whether the kernel starts while the one before it ends."""
     numbers: int = 64
-    """Of the parts, that a thread adds at a time, at most."""
+    """How many numbers of the parts a thread adds at a time, at most."""
 
 
 def decode_tile(

@@ -6,8 +6,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Of parts that are added at a time. The tensor cores' layout is stored faster number by number, and
-# more parts are read faster in whole 16 bytes.
+# If at most this many parts are added at a time, they are stored number by number, which is faster
+# from the layout of tensor cores; more are stored 16 bytes at a time, which are read faster.
 FEW = tl.constexpr(16)
 
 
