@@ -14,7 +14,7 @@ from qtool.cli.options import ENVIRONMENT, Debug, Json, Quiet, Verbose, takes
 from qtool.cli.output import current, message, show
 from qtool.cli.signals import ignore_signals
 from qtool.errors import ResourceError, UsageError
-from qtool.serve.settings import ServeOptions, ServeSettings, make_settings
+from qtool.serve.settings import ServeOptions, ServeSettings, bind, make_settings
 from qtool.terminal import printable
 
 if TYPE_CHECKING:
@@ -61,6 +61,7 @@ def serve(
         return _show_kernels(settings, as_json=as_json)
     from qtool.serve.backend.engine_child import EngineChild
 
+    address = bind(settings)  # a taken port costs no start of an engine
     with EngineChild(settings) as child:  # imports torch while this process imports the rest
         from qtool.serve.ready import ready_dict, ready_text
         from qtool.serve.server import serve as run
@@ -71,7 +72,7 @@ def serve(
             except ResourceError as error:
                 message(f"warning: {error.message}")
 
-        run(settings, child, on_ready=ready)
+        run(settings, child, address, on_ready=ready)
     ignore_signals()  # everything has ended: a late signal must not turn it into a failure
     if as_json and not current().has_result:
         ended = {"url": settings.url, "model": settings.name, "ready": False}

@@ -1,5 +1,5 @@
-"""Runs a server from start to end: it binds the address, loads the model, serves requests, drains
-at a signal, and ends its processes.
+"""Runs a server from start to end: it loads the model, serves requests at an address, drains at a
+signal, and ends its processes.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from qtool.serve.http.connection import limited_connection
 from qtool.serve.http.cors import allow_origins
 from qtool.serve.http.limits import LimitsMiddleware, RequestLimits
 from qtool.serve.service import Service, open_service
-from qtool.serve.settings import BACKLOG, KEEP_ALIVE_S, ServeSettings, bind
+from qtool.serve.settings import BACKLOG, KEEP_ALIVE_S, ServeSettings
 from qtool.terminal import EscapingFormatter
 
 LOG = logging.getLogger("qtool.serve")
@@ -55,20 +55,24 @@ OWN_FILES = 256  # open files besides connections
 
 
 def serve(
-    settings: ServeSettings, child: EngineChild, *, on_ready: Callable[[Service], None]
+    settings: ServeSettings,
+    child: EngineChild,
+    address: socket,
+    *,
+    on_ready: Callable[[Service], None],
 ) -> None:
     """Serve until a signal ends it.
 
     Args:
         settings: what is served, and how.
         child: the engine's process, started with the same settings.
+        address: the socket on which the server listens.
         on_ready: called once the model has answered.
-    Raises: ResourceError, when the address is taken or the engine dies; what `qtool.Engine` raises
-        for a model that cannot be served.
+    Raises: ResourceError, when the engine dies; what `qtool.Engine` raises for a model that cannot
+        be served.
     """
     _keep_heap_small()
     _check_quantization(settings)
-    address = bind(settings)
     limits = RequestLimits()
     connections = max(_file_limit() - OWN_FILES, OWN_FILES // 4)
     limits = replace(limits, connections=min(limits.connections, connections))
@@ -137,8 +141,8 @@ async def _trim_heap() -> None:
 
 
 def _check_quantization(settings: ServeSettings) -> None:
-    """Raise: UsageError, at once and not once the engine's process runs, when the flags contradict
-    the checkpoint in a folder.
+    """Raise: UsageError, without waiting for the engine's process, when the flags contradict the
+    checkpoint in a folder.
     """
     path = Path(settings.model_path)
     name = settings.quantization
